@@ -1,0 +1,71 @@
+"""The sweep behind the defaults of quickstart.py: lambda x criterion x low-pass, three seeds each.
+
+    python examples/sweep.py --json examples/sweep.json       # under an hour on two cores
+    python examples/sweep.py --json examples/sweep.json       # again: runs what is missing, prints the table
+
+One process per core, one thread each: the times are not comparable to anything and are left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from images import digits_on_photographs
+from quickstart import PLAIN, Setting, evaluate, table, train
+from tqdm import tqdm
+
+SEEDS = (0, 1, 2)
+SETTINGS = [
+    PLAIN,
+    *(Setting(lam, criterion) for criterion in ("loss", "logit") for lam in (0.0075, 0.1, 0.3, 1.0, 3.0)),
+    *(Setting(lam, criterion, low_pass=True) for criterion in ("loss", "logit") for lam in (0.3, 1.0, 3.0)),
+]
+
+
+def measure(setting: Setting, seed: int) -> dict[str, float]:
+    """Figures of one trained network: the cosine of both gradients, the rest of the logit's."""
+    torch.set_num_threads(1)
+    images = digits_on_photographs(6000, 1000)
+    (run,) = train(images, [setting], seed, epochs=8)
+    of_loss, of_logit = (evaluate(run, images, criterion) for criterion in ("loss", "logit"))
+    shown = {name: of_logit[name] for name in ("accuracy", "cosine", "smooth", "on digit", "pointing")}
+    return shown | {"cosine of the loss": of_loss["cosine"]}
+
+
+def title(setting: Setting) -> str:
+    if not setting.lam:
+        return "without"
+    return f"λ = {setting.lam:g}, {setting.criterion}" + (", low-pass" if setting.low_pass else "")
+
+
+def missing(results: dict[str, dict[str, dict[str, float]]]) -> Iterator[tuple[Setting, int]]:
+    for seed in SEEDS:
+        for setting in SETTINGS:
+            if str(seed) not in results.get(title(setting), {}):
+                yield setting, seed
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="The sweep behind the defaults of quickstart.py.")
+    parser.add_argument("--json", type=Path, required=True, help="results, added to after every network")
+    options = parser.parse_args()
+    results = json.loads(options.json.read_text())["results"] if options.json.exists() else {}
+    todo = list(missing(results))
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        pending = [(setting, seed, pool.submit(measure, setting, seed)) for setting, seed in todo]
+        for setting, seed, future in tqdm(pending, desc="networks"):
+            results.setdefault(title(setting), {})[str(seed)] = future.result()
+            stored = {"torch": torch.__version__, "settings": [asdict(each) for each in SETTINGS], "results": results}
+            options.json.write_text(json.dumps(stored, indent=1, ensure_ascii=False) + "\n")
+    print(table({name: list(seeds.values()) for name, seeds in results.items()}))
+
+
+if __name__ == "__main__":
+    main()

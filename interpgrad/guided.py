@@ -1,0 +1,157 @@
+"""Guided backpropagation, switched on for one backward pass over an ordinary autograd graph.
+
+Source: Springenberg et al., "Striving for Simplicity: The All Convolutional Net", arXiv 1412.6806. At every
+activation the gradient arriving from above is clamped to >= 0 before it is multiplied by the activation's
+own derivative.
+
+Why on the graph, and not on modules or functions: however an activation was called (module, function,
+method, in place, made inside forward, inside an ATen composite, under checkpointing, on another thread), it
+leaves one node, and the gradient that reaches this node is the gradient from above, summed over all its
+consumers. The forward pass runs PyTorch's own kernels, and without the hooks nothing is left of guided
+backpropagation: neither the standard nor the double backward can see it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from interpgrad.graph import op_name
+
+# Operation of an autograd node -> the ATen function that is its backward.
+PIECEWISE_LINEAR = {
+    "Relu": "threshold_backward",
+    "Threshold": "threshold_backward",
+    "Hardtanh": "hardtanh_backward",  # also ReLU6
+    "LeakyRelu": "leaky_relu_backward",
+    "PreluKernel": "_prelu_kernel_backward",
+    "RreluWithNoise": "rrelu_with_noise_backward",
+    "ClampMin": "where",  # where the minimum is 0, see _is_activation
+    "Clamp": "where",
+}
+SMOOTH = {
+    "Gelu": "gelu_backward",
+    "Silu": "silu_backward",
+    "Hardswish": "hardswish_backward",
+    "Elu": "elu_backward",  # also SELU
+    "Celu": "elu_backward",
+    "Mish": "mish_backward",
+    "Softplus": "softplus_backward",
+}
+FAMILIES = {"relu": PIECEWISE_LINEAR, "all": PIECEWISE_LINEAR | SMOOTH}
+
+# Squashing functions serve as gates (squeeze-and-excitation) more often than as activations: never clamped,
+# but named when nothing else was met.
+_OTHERS = ("Sigmoid", "Tanh", "Hardsigmoid", "LogSigmoid", "Softshrink", "Hardshrink", "Glu")
+
+
+def check_activations(activations: str) -> None:
+    """Refuse the name of an unknown family."""
+    if activations not in FAMILIES:
+        raise ValueError(f'expected activations="relu" or activations="all", got {activations!r}.')
+
+
+@contextmanager
+def guided_backward(graph: list[Node], activations: str) -> Iterator[None]:
+    """While active, a backward pass over `graph` is guided at the activations of the chosen family.
+
+    Raises RuntimeError on leaving if the graph has no such activation: the pass was an ordinary one.
+    """
+    family = FAMILIES[activations]
+    with ExitStack() as hooks:
+        met = 0
+        for node in graph:
+            if _is_activation(node, family):
+                hooks.callback(node.register_prehook(_clamp_all).remove)
+                met += 1
+        inplace = [node for node in graph if op_name(node) == "CopySlices"]
+        on_views = hooks.enter_context(_ClampInsideCopySlices(inplace, family)) if inplace else None
+        yield
+    if not met and not (on_views and on_views.met):
+        raise RuntimeError(_no_activation(graph, activations))
+
+
+def _is_activation(node: Node, family: dict[str, str]) -> bool:
+    name = op_name(node)
+    if name in ("ClampMin", "Clamp"):
+        minimum = getattr(node, "_saved_min", None)
+        return minimum is not None and not torch.as_tensor(minimum).any()
+    return name in family
+
+
+def _clamp_all(gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    return tuple(None if gradient is None else gradient.clamp(min=0) for gradient in gradients)
+
+
+def _no_activation(graph: list[Node], activations: str) -> str:
+    names = Counter(op_name(node) for node in graph)
+    seen = [f"{name} x{names[name]}" for name in (*FAMILIES["all"], *_OTHERS) if names[name]]
+    remedy = (
+        'Pass activations="all" for a model of smooth activations.'
+        if activations == "relu" and any(names[name] for name in SMOOTH)
+        else f'activations="all" covers {", ".join(SMOOTH)} and the ReLU family; replace what is none of these.'
+    )
+    return (
+        f'expected at least one activation of the family activations="{activations}" in the forward pass, got '
+        f"{', '.join(seen) or 'none of any kind'}: the guided gradient would equal the input gradient. {remedy}"
+    )
+
+
+class _ClampInsideCopySlices(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """The one hiding place of the graph: an activation in place on a view, such as `h[:, :8].relu_()`.
+
+    Its node sits inside a CopySlices node, where hooks do not reach. So while a CopySlices node runs, the
+    first argument (the gradient from above) of the family's ATen backward functions is clamped.
+    """
+
+    def __init__(self, copy_slices: list[Node], family: dict[str, str]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.kernels = set(family.values())
+        self.met = 0
+        self._inside = False
+        self._masks: list[Tensor] = []
+        self._handles = []
+        for node in copy_slices:
+            self._handles += [node.register_prehook(self._enter_node), node.register_hook(self._exit_node)]
+
+    def __exit__(self, *exception: Any) -> None:
+        for handle in self._handles:
+            handle.remove()
+        super().__exit__(*exception)  # type: ignore[no-untyped-call]
+
+    def _enter_node(self, _: Any) -> None:
+        self._inside = True
+
+    def _exit_node(self, *_: Any) -> None:
+        self._inside = False
+        self._masks.clear()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if self._inside and self._is_backward(name, args):
+            self.met += 1
+            gradient = 1 if name == "where" else 0
+            args = (*args[:gradient], args[gradient].clamp(min=0), *args[gradient + 1 :])
+        result = func(*args, **(kwargs or {}))
+        if self._inside and self._makes_mask(name, args):
+            self._masks.append(result)
+        return result
+
+    def _is_backward(self, name: str, args: Any) -> bool:
+        return name in self.kernels and (name != "where" or self._is_mask(args[0]))
+
+    def _makes_mask(self, name: str, args: Any) -> bool:
+        """clamp(min=0) differentiates into where(x > 0, gradient, 0); `>=` in older releases, `&` with a maximum."""
+        if name == "logical_and":
+            return self._is_mask(args[0])
+        return name in ("gt", "ge") and not isinstance(args[1], Tensor) and args[1] == 0
+
+    def _is_mask(self, tensor: Tensor) -> bool:
+        return any(tensor is mask for mask in self._masks)

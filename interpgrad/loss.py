@@ -1,0 +1,206 @@
+"""The interpretable gradient loss, as a term to add to a training loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from interpgrad.criteria import Criterion, resolve_criterion
+from interpgrad.errors import ERRORS
+from interpgrad.forward import Forward, Recorder, check_batch, forward_without_trace
+from interpgrad.gradients import gradient_pair
+from interpgrad.guided import check_activations
+
+
+class InterpretableGradientLoss(nn.Module):
+    """lam * R, where R is the mean error between the input gradient and the guided input gradient.
+
+    Drop-in, with a forward pass of its own that leaves no trace::
+
+        reg = InterpretableGradientLoss(model)
+        loss = F.cross_entropy(model(x), y) + reg(x, y)
+
+    Two lines more, one forward pass less::
+
+        with reg.shared_forward():
+            logits = model(x)
+        loss = F.cross_entropy(logits, y) + reg(x, y)
+
+    Algorithm 1 of Torres et al., "A Learning Paradigm for Interpretable Gradients", arXiv 2404.15024: the
+    input gradient is differentiated, the guided one is a constant.
+
+    Args:
+        model: any module taking images first. It is held, not registered: `reg.parameters()` is empty.
+        error: "cos", "mae", "mse", "hi" (see `interpgrad.errors`) or a callable
+            `(delta, guided) -> (N,)`, to be minimized.
+        lam: weight of the term; may be changed between steps. At 0 the value is still computed (for the
+            log, in `penalty`) but contributes nothing, bit for bit.
+        criterion: the loss whose gradients are compared: None, cross-entropy summed over the batch;
+            "logit", the target's logit, what saliency methods explain; or `(logits, y) -> 0-dim tensor`.
+        every: lazy regularization: computed at the first of every `every` calls and multiplied by `every`,
+            zero and free at the others.
+        activations: "relu", the piecewise-linear family, or "all" for GELU, SiLU, Hardswish, ELU, CELU,
+            Mish and Softplus as well.
+        transform: a differentiable callable applied to both gradients before the error, for instance a
+            low-pass filter or a sum over channels.
+
+    Attributes:
+        penalty: R of the last computed call: detached, not multiplied by lam; None before the first.
+
+    Batch norm in training mode couples the samples: the gradients are those of the loss of the whole batch.
+    The extra pass normalizes with the batch's statistics and does not update the running ones.
+
+    >>> model = nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 3))
+    >>> reg = InterpretableGradientLoss(model, error="cos", lam=7.5e-3)
+    >>> x, y = torch.randn(2, 3, 2, 2), torch.tensor([0, 2])
+    >>> loss = nn.functional.cross_entropy(model(x), y) + reg(x, y)
+    >>> loss.backward()
+    >>> bool(0 <= reg.penalty <= 2)
+    True
+    """
+
+    model: nn.Module
+
+    def __init__(
+        self,
+        model: nn.Module,
+        error: str | Callable[[Tensor, Tensor], Tensor] = "cos",
+        lam: float = 7.5e-3,
+        *,
+        criterion: Criterion | str | None = None,
+        every: int = 1,
+        activations: str = "relu",
+        transform: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"expected model to be an nn.Module, got {type(model).__name__}: pass the module itself.")
+        if not callable(error) and error not in ERRORS:
+            raise ValueError(
+                f"expected error to be one of {', '.join(map(repr, ERRORS))} or a callable (delta, guided) -> (N,), "
+                f"got {error!r}."
+            )
+        if not isinstance(every, int) or every < 1:
+            raise ValueError(f"expected every to be an integer of at least 1, got {every!r}.")
+        check_activations(activations)
+        self.__dict__["model"] = model  # past nn.Module's registration: the optimizer must not see it twice
+        self.error = error
+        self.lam = lam
+        self.criterion = resolve_criterion(criterion)
+        self.every = every
+        self.activations = activations
+        self.transform = transform
+        self.penalty: Tensor | None = None
+        self._step = 0
+        self._recorded: Forward | None = None
+        self._verified: set[frozenset[str]] = set()
+
+    def forward(self, x: Tensor, y: Any, *model_args: Any, **model_kwargs: Any) -> Tensor:
+        """The term lam * R for images x (N, C, H, W) and targets y, a 0-dim tensor.
+
+        Further arguments go to the model. After `shared_forward()`, x must be the tensor that was passed to
+        the model there, and its forward pass is used. Under `torch.no_grad()` the value is computed at every
+        call and detached.
+
+        Raises: as `interpgrad.input_gradients`, and RuntimeError if x is not the tensor recorded, ValueError
+        if the error does not return (N,).
+        """
+        check_batch(x, y)
+        training = torch.is_grad_enabled()
+        if training and not self._is_due():
+            self._step += 1
+            return _zero(x)
+
+        with torch.enable_grad():
+            if training and self._recorded:
+                forward = _same_images(self._recorded, x)
+            else:
+                forward = forward_without_trace(self.model, x, model_args, model_kwargs)
+            delta, guided = gradient_pair(
+                forward,
+                y,
+                criterion=self.criterion,
+                activations=self.activations,
+                create_graph=training and self.lam != 0,
+                verified=self._verified,
+            )
+            penalty = self._error(delta, guided).mean()
+
+        self.penalty = penalty.detach()
+        if not training:
+            return self.lam * self.penalty
+        self._step += 1
+        self._recorded = None
+        return self.lam * self.every * penalty if self.lam else _zero(x)
+
+    def _error(self, delta: Tensor, guided: Tensor) -> Tensor:
+        """The error of each sample, (N,), in at least single precision."""
+        samples = len(delta)
+        delta, guided = _at_least_single(delta), _at_least_single(guided)
+        if self.transform is not None:
+            delta, guided = self.transform(delta), self.transform(guided)
+        error = ERRORS[self.error] if isinstance(self.error, str) else self.error
+        value = error(delta, guided)
+        if not isinstance(value, Tensor) or value.shape != (samples,):
+            received = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(
+                f"expected the error to have one value per sample, shape ({samples},), got {received}: "
+                "reduce over all dimensions but the first."
+            )
+        return value
+
+    @contextmanager
+    def shared_forward(self) -> Iterator[None]:
+        """Record the forward pass of the model inside, for the next call of the loss.
+
+        The model sees a copy of its first argument, in which gradients can be taken; attention layers run
+        on the kernel that has a double backward. Nothing is recorded, at no cost, under `torch.no_grad()`
+        and at the calls that `every` skips.
+
+        Raises RuntimeError if the model was not called inside.
+        """
+        self._recorded = None
+        if not (torch.is_grad_enabled() and self._is_due()):
+            yield
+            return
+        recorder = Recorder()
+        with recorder.recording(self.model):
+            yield
+        self._recorded = recorder.forward
+
+    def _is_due(self) -> bool:
+        return self._step % self.every == 0
+
+    def get_extra_state(self) -> Tensor:
+        """The step counter of `every`: all there is in `state_dict()`."""
+        return torch.tensor(self._step)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Restore the step counter."""
+        self._step = int(state)
+
+    def extra_repr(self) -> str:
+        """The settings, in the order of the constructor."""
+        return f"error={self.error!r}, lam={self.lam}, every={self.every}, activations={self.activations!r}"
+
+
+def _same_images(recorded: Forward, x: Tensor) -> Forward:
+    if x is not recorded.x:
+        raise RuntimeError(
+            "expected the tensor that was passed to the model inside shared_forward(), got another one of shape "
+            f"{tuple(x.shape)}: call the loss with the same x, after any .to(device) or augmentation."
+        )
+    return recorded
+
+
+def _zero(x: Tensor) -> Tensor:
+    """A zero that can be added to a loss, or backpropagated through by itself."""
+    return torch.zeros((), dtype=_at_least_single(x[:0]).dtype, device=x.device, requires_grad=True)
+
+
+def _at_least_single(gradient: Tensor) -> Tensor:
+    return gradient.to(torch.promote_types(gradient.dtype, torch.float32))

@@ -1,0 +1,382 @@
+"""The loss against a literal Algorithm 1, and its settings."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from algorithm1 import algorithm1
+from hypothesis import given
+from hypothesis import strategies as st
+from nets import data, small_net
+from torch import nn
+
+from interpgrad import InterpretableGradientLoss, input_gradients
+from interpgrad.criteria import cross_entropy
+
+ERRORS = ["cos", "mae", "mse", "hi"]
+
+
+def gradients_of(loss, model):
+    return torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+
+
+def assert_same_gradients(ours, expected):
+    largest = max(reference.abs().max() for reference in expected if reference is not None)
+    for value, reference in zip(ours, expected, strict=True):
+        if reference is None:
+            assert value is None
+        else:  # a bias before batch norm has no gradient but rounding errors: hence the bound on the scale
+            scale = max(reference.abs().max(), 1e-6 * largest)
+            assert (value - reference).abs().max() < 1e-9 * scale
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("shared", [False, True], ids=["plain", "shared"])
+@pytest.mark.parametrize("error", ERRORS)
+def test_parameter_gradients_equal_algorithm_1(error, shared, training, inplace):
+    reference = small_net().train(training)
+    model = small_net(inplace=inplace).train(training)
+    model.load_state_dict(reference.state_dict())
+    x, y = data()
+    expected = algorithm1(reference, x, y, error, lam=0.3)
+    reg = InterpretableGradientLoss(model, error=error, lam=0.3)
+    if shared:
+        with reg.shared_forward():
+            logits = model(x)
+        value = reg(x, y)
+        assert torch.equal(logits, copy.deepcopy(reference)(x))
+    else:
+        value = reg(x, y)
+    assert value.shape == ()
+    torch.testing.assert_close(value, expected, rtol=1e-9, atol=0)
+    torch.testing.assert_close(0.3 * reg.penalty, expected.detach(), rtol=1e-9, atol=0)
+    assert not reg.penalty.requires_grad
+    assert_same_gradients(gradients_of(value, model), gradients_of(expected, reference))
+
+
+def test_the_whole_loss_of_a_shared_forward_equals_the_plain_one():
+    x, y = data()
+    gradients = []
+    for shared in (False, True):
+        model = small_net().train()
+        reg = InterpretableGradientLoss(model, lam=0.5)
+        if shared:
+            with reg.shared_forward():
+                logits = model(x)
+        else:
+            logits = model(x)
+        gradients.append(gradients_of(F.cross_entropy(logits, y) + reg(x, y), model))
+    assert_same_gradients(*gradients)
+
+
+def test_order_of_the_terms_does_not_matter():
+    """The penalty before the classification loss, each with a backward pass of its own."""
+    model, (x, y) = small_net(), data()
+    reg = InterpretableGradientLoss(model, lam=0.5)
+    with reg.shared_forward():
+        logits = model(x)
+    penalty = reg(x, y)
+    penalty.backward(retain_graph=True)
+    F.cross_entropy(logits, y).backward()
+    split = [parameter.grad for parameter in model.parameters()]
+    model = small_net()
+    total = F.cross_entropy(model(x), y) + InterpretableGradientLoss(model, lam=0.5)(x, y)
+    assert_same_gradients(split, gradients_of(total, model))
+
+
+def test_gradient_equals_finite_differences():
+    """With the guided branch held fixed, as the paper detaches it, in a direction that crosses no kink."""
+    model, (x, y) = small_net().eval(), data()
+    _, fixed = input_gradients(model, x, y)
+    held = lambda delta, _: 1 - F.cosine_similarity(delta.flatten(1), fixed.flatten(1))  # noqa: E731
+    reg = InterpretableGradientLoss(model, lambda d, g: held(d, g), lam=1.0)
+    ours = gradients_of(InterpretableGradientLoss(model, "cos", lam=1.0)(x, y), model)
+    directions = [torch.randn_like(parameter) for parameter in model.parameters()]
+    slope = sum((g * d).sum() for g, d in zip(ours, directions, strict=True) if g is not None)
+    step = 1e-7
+    values = []
+    for sign in (1, -1):
+        with torch.no_grad():
+            for parameter, direction in zip(model.parameters(), directions, strict=True):
+                parameter.add_(sign * step * direction)
+            values.append(reg(x, y))
+            for parameter, direction in zip(model.parameters(), directions, strict=True):
+                parameter.sub_(sign * step * direction)
+    assert float((values[0] - values[1]) / (2 * step)) == pytest.approx(float(slope), rel=1e-5)
+
+
+def test_penalty_of_a_batch_is_the_mean_of_its_samples():
+    model, (x, y) = small_net().eval(), data(n=5)
+    reg = InterpretableGradientLoss(model, lam=2.0)
+    alone = [reg(x[i : i + 1], y[i : i + 1]) for i in range(5)]
+    torch.testing.assert_close(reg(x, y), torch.stack(alone).mean(), rtol=1e-9, atol=0)
+
+
+@given(st.permutations(range(5)), st.sampled_from(ERRORS))
+def test_permuting_the_batch_changes_nothing(order, error):
+    model, (x, y) = small_net().train(), data(n=5)
+    reg = InterpretableGradientLoss(model, error, lam=1.0)
+    value = reg(x[order], y[order])
+    expected = reg(x, y)
+    torch.testing.assert_close(value, expected, rtol=1e-9, atol=0)
+    assert_same_gradients(gradients_of(value, model), gradients_of(expected, model))
+
+
+@given(st.integers(1, 5), st.integers(1, 13))
+def test_every_computes_one_call_of_k_and_multiplies_it(every, calls):
+    model, (x, y) = small_net().eval(), data()
+    forwards = []
+    model.register_forward_hook(lambda *_: forwards.append(1))
+    full = InterpretableGradientLoss(model, lam=1.0)(x, y)
+    forwards.clear()
+    reg = InterpretableGradientLoss(model, lam=1.0, every=every)
+    for call in range(calls):
+        value = reg(x, y)
+        if call % every == 0:
+            torch.testing.assert_close(value, every * full, rtol=1e-12, atol=0)
+        else:
+            assert value == 0
+            assert value.shape == ()
+            (value + sum(parameter.sum() for parameter in model.parameters())).backward()
+            value.backward()
+    assert len(forwards) == -(-calls // every)
+
+
+def test_every_with_a_shared_forward_is_free_on_skipped_steps():
+    model, (x, y) = small_net(), data()
+    reg = InterpretableGradientLoss(model, lam=1.0, every=3)
+    for call in range(6):
+        with reg.shared_forward():
+            assert bool(model._forward_pre_hooks) == (call % 3 == 0)
+            logits = model(x)
+        value = reg(x, y)
+        assert (value != 0) == (call % 3 == 0)
+        (F.cross_entropy(logits, y) + value).backward()
+
+
+def test_every_counter_survives_a_checkpoint():
+    model, (x, y) = small_net(), data()
+    reg = InterpretableGradientLoss(model, every=3)
+    reg(x, y)
+    state = reg.state_dict()
+    assert len(state) == 1
+    assert not list(reg.parameters())
+    resumed = InterpretableGradientLoss(model, every=3)
+    resumed.load_state_dict(state)
+    assert [bool(resumed(x, y)) for _ in range(3)] == [False, False, True]
+
+
+def test_no_grad_returns_the_value_and_ignores_every():
+    model, (x, y) = small_net().eval(), data()
+    expected = InterpretableGradientLoss(model, lam=0.7)(x, y)
+    reg = InterpretableGradientLoss(model, lam=0.7, every=4)
+    with torch.no_grad():
+        for _ in range(3):
+            value = reg(x, y)
+            torch.testing.assert_close(value, expected.detach(), rtol=1e-12, atol=0)
+            assert not value.requires_grad
+        with reg.shared_forward():
+            model(x)
+        assert reg(x, y) == value
+    assert reg(x, y).requires_grad, "validation must not count as a training call"
+
+
+def test_validation_between_a_shared_forward_and_its_loss():
+    model, (x, y) = small_net().eval(), data()
+    reg = InterpretableGradientLoss(model, lam=1.0)
+    expected = reg(x, y)
+    with reg.shared_forward():
+        model(x)
+    with torch.no_grad():
+        reg(*data(seed=1))
+    torch.testing.assert_close(reg(x, y), expected)
+
+
+def test_lam_may_change_between_steps_and_a_step_scales_with_it():
+    model, (x, y) = small_net().eval(), data()
+    reg = InterpretableGradientLoss(model, lam=0.1)
+    first = reg(x, y)
+    reg.lam = 0.4
+    torch.testing.assert_close(reg(x, y), 4 * first)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_lam_0_trains_bit_for_bit_like_no_regularizer(shared):
+    states = []
+    for regularized in (False, True):
+        model = small_net(inplace=True).train()
+        model.insert(3, nn.Dropout(0.3))
+        torch.manual_seed(1)
+        reg = InterpretableGradientLoss(model, lam=0)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        for step in range(4):
+            x, y = data(n=6, seed=step)
+            if regularized and shared:
+                with reg.shared_forward():
+                    logits = model(x)
+            else:
+                logits = model(x)
+            loss = F.cross_entropy(logits, y)
+            if regularized:
+                loss = loss + reg(x, y)
+                assert reg.penalty is not None
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        states.append(model.state_dict())
+    for name, value in states[0].items():
+        assert torch.equal(value, states[1][name]), name
+
+
+def test_training_with_the_loss_lowers_it():
+    model, (x, y) = small_net().train(), data(n=16)
+    reg = InterpretableGradientLoss(model, lam=1.0)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    penalties = []
+    for _ in range(30):
+        with reg.shared_forward():
+            logits = model(x)
+        loss = F.cross_entropy(logits, y) + reg(x, y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        penalties.append(float(reg.penalty))
+    assert penalties[-1] < 0.8 * penalties[0]
+
+
+def test_callable_error_and_transform():
+    model, (x, y) = small_net().eval(), data()
+    delta, guided = input_gradients(model, x, y)
+    pool = lambda gradient: F.avg_pool2d(gradient, 2)  # noqa: E731
+    reg = InterpretableGradientLoss(model, lambda d, g: (d - g).abs().amax((1, 2, 3)), lam=1.0, transform=pool)
+    expected = (pool(delta) - pool(guided)).abs().amax((1, 2, 3)).mean()
+    torch.testing.assert_close(reg(x, y).detach(), expected, rtol=1e-9, atol=0)
+
+
+def test_criterion_logit():
+    model, (x, y) = small_net().eval(), data()
+    pair = input_gradients(model, x, y, criterion="logit")
+    expected = 1 - F.cosine_similarity(*(gradient.flatten(1) for gradient in pair)).mean()
+    reg = InterpretableGradientLoss(model, lam=1.0, criterion="logit")
+    torch.testing.assert_close(reg(x, y).detach(), expected, rtol=1e-9, atol=0)
+
+
+class WithOutput(nn.Module):
+    """A model with another output, and more arguments than the images."""
+
+    def __init__(self, wrap):
+        super().__init__()
+        self.net, self.wrap = small_net().eval(), wrap
+
+    def forward(self, pixel_values, scale=1.0, *, shift=0.0):
+        return self.wrap(self.net(pixel_values * scale) + shift)
+
+
+class ModelOutput(dict):
+    """As in Hugging Face's transformers."""
+
+    @property
+    def logits(self):
+        return self["logits"]
+
+
+OUTPUTS = {
+    "logits": lambda z: ModelOutput(logits=z),
+    "tuple": lambda z: (z, z + 1),
+    "list": lambda z: [z, None],
+}
+
+
+@pytest.mark.parametrize("kind", OUTPUTS)
+def test_outputs_and_model_arguments(kind):
+    x, y = data()
+    model = WithOutput(OUTPUTS[kind])
+    expected = InterpretableGradientLoss(nn.Sequential(model.net), lam=1.0)(2 * x, y)
+    # delta is twice that of the scaled images, which cos does not see
+    reg = InterpretableGradientLoss(model, lam=1.0)
+    shift = torch.zeros((), dtype=torch.float64)
+    torch.testing.assert_close(reg(x, y, 2.0, shift=shift), expected)
+    with reg.shared_forward():
+        model(x, 2.0)
+    torch.testing.assert_close(reg(x, y), expected)
+    with reg.shared_forward():
+        model(shift=0.0, scale=2.0, pixel_values=x)
+    torch.testing.assert_close(reg(x, y), expected)
+
+
+def test_gradient_flows_into_images_that_require_one():
+    """Images made by a differentiable augmentation or a generator: the penalty is a function of them."""
+    model, (x, y) = small_net().eval(), data()
+    brightness = torch.tensor(1.3, dtype=torch.float64, requires_grad=True)
+    reg = InterpretableGradientLoss(model, lam=1.0)
+    (plain,) = torch.autograd.grad(reg(x * brightness, y), brightness)
+    images = x * brightness
+    with reg.shared_forward():
+        model(images)
+    (shared,) = torch.autograd.grad(reg(images, y), brightness)
+    inputs = x * brightness
+    (stock,) = torch.autograd.grad(algorithm1_cos(model, inputs, y), brightness)
+    torch.testing.assert_close(plain, stock, rtol=1e-9, atol=0)
+    torch.testing.assert_close(shared, stock, rtol=1e-9, atol=0)
+
+
+def algorithm1_cos(model, inputs, y):
+    (delta,) = torch.autograd.grad(F.cross_entropy(model(inputs), y, reduction="sum"), inputs, create_graph=True)
+    _, guided = input_gradients(model, inputs.detach(), y)
+    return (1 - F.cosine_similarity(delta.flatten(1), guided.flatten(1))).mean()
+
+
+@pytest.mark.parametrize("margin", [32, 64])
+def test_confident_samples_keep_their_gradient(margin):
+    """Near saturation delta is 1e-12 and less: neither cos nor the criterion may lose it in single precision."""
+    model, x, y = small_net().eval().float(), data()[0].float(), torch.zeros(3, dtype=torch.long)
+    with torch.no_grad():
+        model[-1].bias[0] = margin
+    delta, _ = input_gradients(model, x, y)
+    assert delta.flatten(1).norm(dim=1).max() < 1e-12
+    ours = gradients_of(InterpretableGradientLoss(model, lam=1.0)(x, y), model)
+    model.double()
+    exact = gradients_of(InterpretableGradientLoss(model, lam=1.0)(x.double(), y), model)
+    flat = [torch.cat([g.double().flatten() for g in each if g is not None]) for each in (ours, exact)]
+    assert F.cosine_similarity(*flat, dim=0) > 0.9999
+    assert float(flat[0].norm()) == pytest.approx(float(flat[1].norm()), rel=1e-3)
+
+
+def test_cross_entropy_is_that_of_torch():
+    logits = torch.randn(6, 5, dtype=torch.float64, requires_grad=True) * 30
+    for y in (torch.tensor([0, 4, -100, 2, 3, 1]), F.softmax(torch.randn(6, 5, dtype=torch.float64), 1)):
+        value, expected = cross_entropy(logits, y), F.cross_entropy(logits, y, reduction="sum")
+        torch.testing.assert_close(value, expected, rtol=1e-12, atol=0)
+        gradients = [torch.autograd.grad(each, logits, retain_graph=True)[0] for each in (value, expected)]
+        torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-14)
+    maps = torch.randn(2, 5, 3, 3, dtype=torch.float64)
+    y = torch.randint(5, (2, 3, 3))
+    assert cross_entropy(maps, y) == F.cross_entropy(maps, y, reduction="sum")
+
+
+def test_zero_gradients_give_error_1_and_no_nan():
+    """A linear head that starts at zero: delta is exactly zero."""
+    model, (x, y) = small_net().eval(), data()
+    nn.init.zeros_(model[-1].weight)
+    reg = InterpretableGradientLoss(model, lam=1.0)
+    value = reg(x, y)
+    value.backward()
+    assert value == 1
+    assert all(not p.grad.any() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_and_half_precision_images(dtype):
+    model, (x, y) = small_net().train().float(), data(n=8)
+    x = x.float()
+    exact = gradients_of(InterpretableGradientLoss(model, lam=1.0)(x, y), model)
+    with torch.autocast("cpu", dtype):
+        value = InterpretableGradientLoss(model, lam=1.0)(x, y)
+    assert value.dtype == torch.float32
+    flat = [torch.cat([g.flatten() for g in each if g is not None]) for each in (gradients_of(value, model), exact)]
+    assert F.cosine_similarity(*flat, dim=0) > 0.95
+    half = InterpretableGradientLoss(small_net().eval().to(dtype), lam=1.0)(x.to(dtype), y)
+    assert half.dtype == torch.float32
+    assert half.isfinite()

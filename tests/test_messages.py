@@ -1,0 +1,254 @@
+"""Every error: expected, received, remedy."""
+
+import re
+
+import pytest
+import torch
+import torch.distributed as dist
+from nets import data, small_net
+from torch import nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+from interpgrad import InterpretableGradientLoss, input_gradients
+
+
+def raises(error, *parts):
+    """The message must name what was expected, what was received, and the way out."""
+    return pytest.raises(error, match="(?s)" + ".*".join(re.escape(part) for part in parts))
+
+
+def net_with(middle):
+    """A small network with something in its middle."""
+    net = small_net()
+    net.insert(4, middle)
+    return net
+
+
+class Apply(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+def test_unknown_names_and_settings():
+    model = small_net()
+    with raises(ValueError, "expected error to be one of 'cos', 'mae', 'mse', 'hi' or a callable", "got 'cosine'"):
+        InterpretableGradientLoss(model, "cosine")
+    with raises(ValueError, 'expected activations="relu" or activations="all"', "got 'gelu'"):
+        InterpretableGradientLoss(model, activations="gelu")
+    with raises(ValueError, 'expected criterion=None (cross-entropy), "logit" or a callable', "got 'ce'"):
+        InterpretableGradientLoss(model, criterion="ce")
+    with raises(ValueError, "expected every to be an integer of at least 1", "got 0"):
+        InterpretableGradientLoss(model, every=0)
+    with raises(TypeError, "expected model to be an nn.Module", "got function", "pass the module"):
+        InterpretableGradientLoss(lambda x: x)
+
+
+@pytest.mark.parametrize("entry", ["loss", "shared", "input_gradients"])
+def test_images(entry):
+    model, (x, y) = small_net(), data()
+    reg = InterpretableGradientLoss(model)
+
+    def call(images, targets):
+        if entry == "input_gradients":
+            return input_gradients(model, images, targets)
+        if entry == "shared":
+            with reg.shared_forward():
+                model(images)
+        return reg(images, targets)
+
+    with raises(TypeError, "expected x to be a floating point tensor", "got a tensor of torch.int64", "x / 255"):
+        call(x.long(), y)
+    with raises(ValueError, "expected x to hold at least one image (N, C, H, W)", "got shape (0, 3, 8, 8)", "skip"):
+        call(x[:0], y[:0])
+    with raises(ValueError, "one target for each of the 3 images", "got y of shape (2,)", "same batch"):
+        call(x, y[:2])
+    with raises(RuntimeError, "got torch.inference_mode()", "use torch.no_grad()"), torch.inference_mode():
+        reg(x, y) if entry == "shared" else call(x, y)
+
+
+def test_not_a_tensor():
+    with raises(TypeError, "expected x to be a floating point tensor, got list"):
+        InterpretableGradientLoss(small_net())([1.0], torch.zeros(1))
+
+
+@pytest.mark.parametrize(
+    ("criterion", "received"), [(lambda z, y: z.sum(1), "a tensor of shape (3,)"), (lambda z, y: 1.0, "float")]
+)
+def test_criterion_without_a_scalar(criterion, received):
+    with raises(ValueError, "expected the criterion to return a 0-dim tensor", received, 'reduction="sum"'):
+        InterpretableGradientLoss(small_net(), criterion=criterion)(*data())
+
+
+def test_error_without_a_value_per_sample():
+    with raises(ValueError, "one value per sample, shape (3,)", "got (3, 3)", "reduce over all dimensions"):
+        InterpretableGradientLoss(small_net(), lambda d, g: (d - g).sum((2, 3)))(*data())
+
+
+def test_model_output():
+    model = nn.Sequential(small_net(), Apply(lambda z: {"out": z}))
+    with raises(
+        TypeError, "expected the model to return a tensor, an object with .logits or a tuple", "got dict", "wrap"
+    ):
+        InterpretableGradientLoss(model)(*data())
+
+
+def test_no_activation_of_the_family():
+    smooth = nn.Sequential(nn.Flatten(), nn.Linear(192, 8), nn.GELU(), nn.Sigmoid(), nn.Linear(8, 4)).double()
+    with raises(RuntimeError, 'activations="relu"', "got Gelu x1, Sigmoid x1", 'Pass activations="all"'):
+        InterpretableGradientLoss(smooth)(*data())
+    assert InterpretableGradientLoss(smooth, activations="all")(*data()) > 0
+    squashing = nn.Sequential(nn.Flatten(), nn.Linear(192, 8), nn.Tanh(), nn.Linear(8, 4)).double()
+    with raises(RuntimeError, 'activations="all"', "got Tanh x1", "replace"):
+        InterpretableGradientLoss(squashing, activations="all")(*data())
+    linear = nn.Sequential(nn.Flatten(), nn.Linear(192, 4)).double()
+    with raises(RuntimeError, "got none of any kind", "would equal the input gradient"):
+        input_gradients(linear, *data())
+    clipped = nn.Sequential(nn.Flatten(), nn.Linear(192, 4), Apply(lambda h: h.clamp(min=-1))).double()
+    with raises(RuntimeError, "got Clamp x1"):  # clamps, but not at zero
+        input_gradients(clipped, *data())
+
+
+def test_no_activation_on_a_slice():
+    def scale_a_slice(h):
+        h[:, :2].mul_(2)
+        return h
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), Apply(scale_a_slice), nn.Flatten(), nn.Linear(144, 4)).double()
+    with raises(RuntimeError, "expected at least one activation"):
+        input_gradients(model, *data())
+
+
+def test_shared_forward_without_a_forward_or_with_another_tensor():
+    model, (x, y) = small_net(), data()
+    reg = InterpretableGradientLoss(model)
+    with raises(RuntimeError, "expected a forward pass inside shared_forward(), got none", "logits = model(x)"):
+        with reg.shared_forward():
+            pass
+    with reg.shared_forward():
+        model(x)
+    with raises(RuntimeError, "passed to the model inside shared_forward(), got another one", "same x"):
+        reg(x + 0, y)
+
+
+class OnceDifferentiable(Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        return 2 * ctx.saved_tensors[0] * gradient
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_once_differentiable_function(shared):
+    model, (x, y) = net_with(Apply(OnceDifferentiable.apply)), data()
+    reg = InterpretableGradientLoss(model)
+    with raises(RuntimeError, "double backward", "OnceDifferentiable", "@once_differentiable", "Replace it"):
+        if shared:
+            with reg.shared_forward():
+                model(x)
+        reg(x, y)
+    input_gradients(model, x, y)  # which differentiates once
+
+
+def test_operation_without_a_double_backward():
+    """The fused attention, called past the backend selection."""
+
+    def attend(h):
+        q = h.flatten(2)[:, None]
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, q, q)[0][:, 0].view_as(h)
+
+    model = net_with(Apply(attend))
+    with raises(RuntimeError, "double backward", "_scaled_dot_product_flash_attention_for_cpu", "another backend"):
+        InterpretableGradientLoss(model)(*data())
+
+
+def test_sync_batch_norm_across_ranks():
+    """Across ranks it is this autograd Function, by this name; here on one rank, with its forward replaced."""
+    real = torch.nn.modules._functions.SyncBatchNorm
+    fake = type(
+        real.__name__,
+        (Function,),
+        {"forward": staticmethod(lambda ctx, x: x * 1), "backward": staticmethod(lambda ctx, g: g)},
+    )
+    with raises(RuntimeError, "SyncBatchNorm across ranks", "use BatchNorm"):
+        InterpretableGradientLoss(net_with(Apply(fake.apply)))(*data())
+
+
+def test_reentrant_checkpointing():
+    class Checkpointed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = small_net()
+
+        def forward(self, x):
+            return checkpoint(self.net, x, use_reentrant=True)
+
+    with raises(RuntimeError, "CheckpointFunctionBackward", "use_reentrant=False"):
+        InterpretableGradientLoss(Checkpointed())(*data())
+
+
+def test_compiled_model():
+    model, (x, y) = small_net().eval(), data()
+    compiled = torch.compile(model, backend="aot_eager")
+    reg = InterpretableGradientLoss(compiled)
+    with reg.shared_forward():
+        compiled(x)
+    with raises(RuntimeError, "CompiledFunctionBackward", "torch.compile", "without shared_forward()"):
+        reg(x, y)
+    expected = InterpretableGradientLoss(model)(x, y)
+    torch.testing.assert_close(InterpretableGradientLoss(compiled)(x, y), expected)
+    model.compile(backend="aot_eager")
+    model(x)
+    torch.testing.assert_close(InterpretableGradientLoss(model)(x, y), expected)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_scripted_model():
+    model, (x, y) = small_net().eval(), data()
+    scripted = torch.jit.script(model)
+    for _ in range(4):  # until TorchScript has seen enough to fuse the graph
+        scripted(x.clone().requires_grad_()).sum().backward()
+    reg = InterpretableGradientLoss(nn.Sequential(scripted))
+    with raises(RuntimeError, "TorchScript", "nn.Module it was scripted from"):
+        reg(x, y)
+
+
+@pytest.mark.parametrize("where", ["model", "criterion"])
+def test_no_path_to_the_images(where):
+    detach = Apply(lambda h: h.detach())
+    model = nn.Sequential(detach, small_net()) if where == "model" else small_net()
+    criterion = (lambda z, y: z.detach().sum()) if where == "criterion" else None
+    with raises(RuntimeError, "depends on the images", "torch.no_grad() or .detach()"):
+        InterpretableGradientLoss(model, criterion=criterion)(*data())
+
+
+def test_fsdp2_that_frees_parameters():
+    fsdp = pytest.importorskip("torch.distributed.fsdp")
+    if not hasattr(fsdp, "fully_shard"):
+        pytest.skip("FSDP2 is not public in this release of torch")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+        model, (x, y) = small_net().float(), data()
+        fsdp.fully_shard(model[0], mesh=mesh)
+        fsdp.fully_shard(model, mesh=mesh)
+        reg = InterpretableGradientLoss(model, lam=1.0)
+        with raises(RuntimeError, "FSDP2", "set_reshard_after_backward(False)"):
+            reg(x.float(), y)
+        with raises(RuntimeError, "FSDP2", "set_reshard_after_backward(False)"), reg.shared_forward():
+            model(x.float())
+        model.set_reshard_after_backward(False)
+        expected = InterpretableGradientLoss(small_net().float(), lam=1.0)(x.float(), y)
+        torch.testing.assert_close(reg(x.float(), y), expected)
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,108 @@
+"""The package itself: what it imports, what it ships, what its files say of one another."""
+
+import ast
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import interpgrad
+
+ROOT = Path(__file__).parent.parent
+
+# Imports run one way: a module may import the ones before it that are named here, and no other.
+MAY_IMPORT = {
+    "errors": set(),
+    "graph": set(),
+    "criteria": set(),
+    "forward": set(),
+    "guided": {"graph"},
+    "gradients": {"graph", "criteria", "forward", "guided"},
+    "loss": {"criteria", "errors", "forward", "gradients", "guided"},
+    "__init__": {"gradients", "loss"},
+}
+
+
+def imported(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def modules_in(path):
+    names = {name.split(".")[1] for name in imported(path) if name.startswith("interpgrad.")}
+    return {name for name in names if (ROOT / "interpgrad" / f"{name}.py").exists() or name in MAY_IMPORT}
+
+
+def test_imports_run_one_way():
+    files = {path.stem: path for path in (ROOT / "interpgrad").glob("*.py")}
+    assert files.keys() == MAY_IMPORT.keys()
+    for name, path in files.items():
+        assert modules_in(path) <= MAY_IMPORT[name], name
+
+
+def test_import_needs_torch_alone():
+    """In a process where everything else that torch does not itself need is blocked."""
+    blocked = [
+        *("torchvision", "timm", "numpy", "scipy", "sklearn", "matplotlib", "PIL", "torchmetrics", "tqdm"),
+        *("captum", "hypothesis", "pytest"),
+    ]
+    code = (
+        f"import sys\nfor name in {blocked}: sys.modules[name] = None\n"
+        "import torch, interpgrad\n"
+        "from torch import nn\n"
+        "model = nn.Sequential(nn.Flatten(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))\n"
+        "loss = interpgrad.InterpretableGradientLoss(model)(torch.randn(3, 1, 2, 2), torch.tensor([0, 1, 0]))\n"
+        "loss.backward()\n"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, cwd=ROOT, timeout=300)
+
+
+def test_wheel(tmp_path):
+    """It holds the package, the type marker and the licence, nothing else, and asks for torch alone."""
+    pytest.importorskip("build")
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        metadata = archive.read(next(name for name in names if name.endswith("METADATA"))).decode()
+    assert {name.split("/")[0] for name in names} == {"interpgrad", f"interpgrad-{interpgrad.__version__}.dist-info"}
+    assert "interpgrad/py.typed" in names
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+    required = [line for line in metadata.splitlines() if line.startswith("Requires-Dist") and "extra ==" not in line]
+    assert required == ["Requires-Dist: torch>=2.4"]
+    assert "Requires-Python: >=3.10" in metadata
+
+
+def test_versions_agree():
+    for name in ("CHANGELOG.md", "CITATION.cff"):
+        assert interpgrad.__version__ in (ROOT / name).read_text(), name
+
+
+def test_readme_code_runs():
+    """Every Python block of the README, one after the other, in one namespace."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert blocks
+    namespace = {}
+    exec(
+        "import torch, torch.nn.functional as F\nfrom torch import nn\n"
+        "model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 4))\n"
+        "x, y = torch.randn(5, 3, 8, 8), torch.randint(4, (5,))\n",
+        namespace,
+    )
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), namespace)
+    assert namespace["loss"].requires_grad
+
+
+def test_public_names():
+    assert set(interpgrad.__all__) <= set(dir(interpgrad))
+    for name in interpgrad.__all__:
+        assert getattr(interpgrad, name).__doc__
