@@ -42,18 +42,24 @@ PLAIN = Setting(lam=0)
 
 @dataclass
 class Run:
-    """One network in training: its model, its regularizer, the time of each of its steps in ms."""
+    """One network in training: its model, its regularizer, the time of each of its steps in ms.
+
+    The weight of the loss grows from zero over the first half of the steps: on a network that has not learned
+    anything yet, a large weight keeps it from ever doing so (README.md).
+    """
 
     setting: Setting
     model: nn.Module
     regularizer: InterpretableGradientLoss
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler
+    steps: int
     milliseconds: list[float] = field(default_factory=list)
 
     def step(self, x: Tensor, y: Tensor) -> None:
         start = time.perf_counter()
         if self.setting.lam:
+            self.regularizer.lam = self.setting.lam * min(1, len(self.milliseconds) / (self.steps / 2))
             with self.regularizer.shared_forward():
                 logits = self.model(x)
             loss = F.cross_entropy(logits, y) + self.regularizer(x, y)
@@ -105,13 +111,15 @@ def low_pass(gradient: Tensor) -> Tensor:
     return F.avg_pool2d(gradient, 3, stride=1, padding=1)
 
 
-def train(images: Images, settings: list[Setting], seed: int, epochs: int, batch: int = 64) -> list[Run]:
+def train(
+    images: Images, settings: list[Setting], seed: int, epochs: int, batch: int = 64, quiet: bool = False
+) -> list[Run]:
     """Train one network per setting, from the same weights, on the same batches, step by step in turn."""
     x, y = images.train
     steps = max(1, len(x) // batch)
     runs = [start(setting, len(images.classes), seed, epochs * steps) for setting in settings]
     generator = torch.Generator().manual_seed(seed)
-    with tqdm(total=epochs * steps, desc=f"seed {seed}", unit="step", leave=False) as progress:
+    with tqdm(total=epochs * steps, desc=f"seed {seed}", unit="step", leave=False, disable=quiet) as progress:
         for _ in range(epochs):
             for chosen in torch.randperm(len(x), generator=generator)[: steps * batch].chunk(steps):
                 for run in runs:
@@ -132,7 +140,7 @@ def start(setting: Setting, classes: int, seed: int, steps: int) -> Run:
     )
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=steps)
-    return Run(setting, model, regularizer, optimizer, schedule)
+    return Run(setting, model, regularizer, optimizer, schedule, steps)
 
 
 def augment(x: Tensor, images: Images, chosen: Tensor) -> Tensor:

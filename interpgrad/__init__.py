@@ -1,7 +1,8 @@
 """Train image classifiers whose input gradients are less noisy and whose explanations are more faithful."""
 
+from interpgrad.double_backward import fast_double_backward
 from interpgrad.gradients import input_gradients
 from interpgrad.loss import InterpretableGradientLoss
 
-__all__ = ["InterpretableGradientLoss", "input_gradients"]
+__all__ = ["InterpretableGradientLoss", "fast_double_backward", "input_gradients"]
 __version__ = "0.1.0"

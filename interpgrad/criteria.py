@@ -25,10 +25,12 @@ def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
     if y.is_floating_point() or logits.dim() != 2 or logits.shape[1] == 1:
         return F.cross_entropy(logits, y, reduction="sum")
     kept = y != _IGNORED
-    target = torch.where(kept, y, 0)[:, None]
-    others = logits.scatter(1, target, -torch.inf).logsumexp(1)
-    margin = others - logits.gather(1, target).squeeze(1)
-    return torch.where(kept, -F.logsigmoid(-margin), 0).sum()
+    target = torch.where(kept, y, 0).long()[:, None]
+    finite = logits.clamp(min=torch.finfo(logits.dtype).min / 2)  # a masked class has no gradient, not NaN
+    margin = finite.scatter(1, target, -torch.inf).logsumexp(1) - finite.gather(1, target).squeeze(1)
+    # The same function twice: each form loses the second derivative where the other one is used.
+    loss = torch.where(margin < 0, F.softplus(margin, threshold=40), -F.logsigmoid(-margin))
+    return torch.where(kept, loss, 0).sum()
 
 
 def target_logit(logits: Tensor, y: Tensor) -> Tensor:
@@ -53,7 +55,7 @@ def resolve_criterion(criterion: Criterion | str | None) -> Criterion:
 
 def evaluate(criterion: Criterion, logits: Tensor, y: Any) -> Tensor:
     """The value of the criterion, checked to be a 0-dim tensor."""
-    loss = criterion(logits, y)
+    loss = criterion(logits.clone(), y)  # the criterion may work in place; the logits may be the user's
     if not isinstance(loss, Tensor) or loss.dim() != 0:
         received = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
         raise ValueError(

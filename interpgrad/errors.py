@@ -23,7 +23,7 @@ def cos(delta: Tensor, guided: Tensor) -> Tensor:
     >>> cos(torch.tensor([[3.0, 4.0]]), torch.tensor([[4e-30, 3e-30]]))
     tensor([0.0400])
     """
-    delta, guided, defined = _defined(delta, guided)
+    delta, guided, defined = _defined(delta, guided, torch.finfo(delta.dtype).tiny)
     delta, guided = _unit_scale(delta), _unit_scale(guided)
     similarity = (delta * guided).sum(1) / (delta.norm(dim=1) * guided.norm(dim=1))
     return 1 - torch.where(defined, similarity, 0)
@@ -51,27 +51,27 @@ def hi(delta: Tensor, guided: Tensor) -> Tensor:
     """Histogram intersection, -sum_i min(|delta_i|, |guided_i|) / (||delta||_1 ||guided||_1), at most 0.
 
     Not scale-free: it grows without bound as the gradients vanish, as printed in the paper. A sample of
-    which either argument is zero has error 0 and gradient 0.
+    which either argument's squared norm underflows (below 1e-19 in single precision) has error 0 and
+    gradient 0; its gradient would overflow.
 
     >>> hi(torch.tensor([[3.0, 1.0]]), torch.tensor([[1.0, 1.0]]))
     tensor([-0.2500])
     """
-    delta, guided, defined = _defined(delta, guided)
+    delta, guided, defined = _defined(delta, guided, torch.finfo(delta.dtype).tiny ** 0.5)
     intersection = torch.minimum(delta.abs(), guided.abs()).sum(1)
     # Divided one after the other: the product of two small norms underflows.
     overlap = intersection / delta.abs().sum(1) / guided.abs().sum(1)
     return -torch.where(defined, overlap, 0)
 
 
-def _defined(delta: Tensor, guided: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Both gradients as (N, m), and (N,) bool: samples where neither is zero.
+def _defined(delta: Tensor, guided: Tensor, least: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Both gradients as (N, m), and (N,) bool: samples where the magnitude of both reaches `least`.
 
-    Zero (or subnormal: their inverse overflows) samples are replaced by ones before anything divides by
-    their norm; masking the result alone would leave NaN in the backward pass.
+    The other samples are replaced by ones before anything divides by their norm; masking the result alone
+    would leave NaN in the backward pass.
     """
     delta, guided = delta.flatten(1), guided.flatten(1)
-    tiny = torch.finfo(delta.dtype).tiny
-    zero = (_largest(delta) < tiny) | (_largest(guided) < tiny)
+    zero = (_largest(delta) < least) | (_largest(guided) < least)
     return torch.where(zero, 1, delta), torch.where(zero, 1, guided), ~zero.squeeze(1)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import threading
 from collections.abc import Iterator, Mapping
@@ -10,8 +11,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from interpgrad.autocast import autocast_dtype
+from interpgrad.double_backward import fast_double_backward
+from interpgrad.double_backward.engine import Root
+
+_ROOT: Any = Root._backward_cls
 
 
 class Forward(NamedTuple):
@@ -20,12 +26,16 @@ class Forward(NamedTuple):
     Attributes:
         x: the images as the user passed them, (N, C, H, W).
         image: the same values at the root of the graph, in which gradients are taken.
+        root: the node between that and the copy the model was given.
         output: what the model returned.
+        float16: whether it ran under float16 autocast.
     """
 
     x: Tensor
     image: Tensor
+    root: Any
     output: Any
+    float16: bool
 
     @property
     def logits(self) -> Tensor:
@@ -40,6 +50,11 @@ class Forward(NamedTuple):
             )
         return logits
 
+    def close(self) -> None:
+        """Say that no backward pass from now on needs the images' gradient, unless the user does."""
+        if not self.x.requires_grad:
+            self.root.readers -= 1
+
 
 def forward_without_trace(
     model: nn.Module, x: Tensor, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -50,55 +65,84 @@ def forward_without_trace(
     state is restored, so the training loop draws the numbers it would have drawn.
     """
     module = _unwrap(model)
-    _refuse_freed_parameters(module)
+    _refuse_unusable(module)
     image, model_input = _root_of_graph(x)
-    buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
-    with _random_state_restored(module, x), _differentiable_attention(), _eager(module):
-        return Forward(x, image, functional_call(module, buffers, (model_input, *args), dict(kwargs or {})))
+    root: Any = model_input.grad_fn
+    root.without_trace = True
+    with (
+        _own_buffers(module),
+        _random_state_restored(module, x),
+        _differentiable_attention(),
+        fast_double_backward(),
+        _eager(module),
+    ):
+        output = module(model_input, *args, **(kwargs or {}))
+        return Forward(x, image, root, output, autocast_dtype(image.device) == torch.float16)
 
 
 class Recorder:
-    """The user's own forward pass: the last one inside `recording` on the thread that entered it."""
+    """The user's own forward pass: the last outermost one inside `recording`, on the thread that entered it."""
 
     def __init__(self) -> None:
         self.forward: Forward | None = None
+        self.finished = 0
         self._thread = threading.get_ident()
-        self._x: Tensor | None = None
-        self._image: Tensor | None = None
+        self._calls: list[tuple[Tensor, Tensor, Any] | None] = []  # those under way
 
     @contextmanager
     def recording(self, model: nn.Module) -> Iterator[None]:
         """Record the calls of the model inside, and leave it as it was."""
-        _refuse_freed_parameters(model)
+        # Inside DDP: the inner gradients must not run through its nodes, which would start the reduction.
+        module = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+        _refuse_unusable(module)
+        if _is_compiled(module):
+            raise RuntimeError(
+                "expected a module that runs eagerly inside shared_forward(), got one under torch.compile, whose graph "
+                "has no double backward: call the loss without shared_forward(); it runs the original module."
+            )
         handles = [
-            model.register_forward_pre_hook(self._before, with_kwargs=True),
-            model.register_forward_hook(self._after),
+            module.register_forward_pre_hook(self._before, with_kwargs=True, prepend=True),
+            module.register_forward_hook(self._after, always_call=True),
         ]
         try:
-            with _differentiable_attention():
+            with _differentiable_attention(), fast_double_backward():
                 yield
         finally:
             for handle in handles:
                 handle.remove()
-        if self.forward is None:
+        if not self.finished:
             raise RuntimeError(
                 "expected a forward pass inside shared_forward(), got none: call the model that was given to the "
                 "loss inside the with block, `with reg.shared_forward(): logits = model(x)`."
             )
 
-    def _before(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Put a copy of the images, the first argument, on a graph."""
         if threading.get_ident() != self._thread:
             return None
-        images = {name: value for name, value in kwargs.items() if _is_floating_point(value)}
-        name = None if args else next(iter(images), None)
-        self._x = check_images(args[0] if args else images.get(name or ""))
-        self._image, model_input = _root_of_graph(self._x)
-        return ((model_input, *args[1:]), kwargs) if args else (args, kwargs | {name: model_input})
+        self._calls.append(None)
+        name = None if args else _first_parameter(module, kwargs)
+        x = kwargs.get(name) if name else args[0] if args else None
+        root: Any = x.grad_fn if isinstance(x, Tensor) and isinstance(x.grad_fn, _ROOT) else None
+        if len(self._calls) > 1 or not torch.is_grad_enabled() or (root and root.without_trace):
+            return None  # not the call the user makes for this loss
+        if root:  # another loss is recording the same call: both take their gradients in the same images
+            root.readers += 1
+            self._calls[-1] = (*root.source, root)
+            return None
+        x = check_images(x)
+        image, model_input = _root_of_graph(x)
+        self._calls[-1] = x, image, model_input.grad_fn
+        return (args, kwargs | {name: model_input}) if name else ((model_input, *args[1:]), kwargs)
 
     def _after(self, _: nn.Module, __: Any, output: Any) -> None:
-        if threading.get_ident() == self._thread and self._x is not None and self._image is not None:
-            self.forward = Forward(self._x, self._image, output)
+        """Called on the way out of every call, also of one that raised: its output is then None."""
+        if threading.get_ident() != self._thread or not self._calls:
+            return
+        begun = self._calls.pop()
+        if begun and output is not None:
+            self.forward = Forward(*begun, output, autocast_dtype(begun[1].device) == torch.float16)
+            self.finished += 1
 
 
 def check_images(x: Any) -> Tensor:
@@ -112,9 +156,11 @@ def check_images(x: Any) -> Tensor:
         raise ValueError(
             f"expected x to hold at least one image (N, C, H, W), got shape {tuple(x.shape)}: skip empty batches."
         )
-    if torch.is_inference_mode_enabled():
+    if torch.is_inference_mode_enabled() or x.is_inference():
+        where = "torch.inference_mode()" if torch.is_inference_mode_enabled() else "a tensor made under it"
         raise RuntimeError(
-            "expected a mode in which gradients can be taken, got torch.inference_mode(): use torch.no_grad()."
+            f"expected images in which gradients can be taken, got {where}: use torch.no_grad() instead of "
+            "torch.inference_mode()."
         )
     images: Tensor = x
     return images
@@ -140,7 +186,16 @@ def _root_of_graph(x: Tensor) -> tuple[Tensor, Tensor]:
     Where x itself requires a gradient, both stay connected to it.
     """
     image = x.clone() if x.requires_grad else x.detach().requires_grad_()
-    return image, image.clone()
+    model_input: Tensor = Root.apply(image)
+    root: Any = model_input.grad_fn
+    root.source = x, image
+    return image, model_input
+
+
+def _first_parameter(module: nn.Module, kwargs: Mapping[str, Any]) -> str | None:
+    """The name under which the images are passed: the first parameter of `forward`, or the first float tensor."""
+    first = next(iter(inspect.signature(_unwrap(module).forward).parameters), "")
+    return first if first in kwargs else next((name for name in kwargs if _is_floating_point(kwargs[name])), None)
 
 
 def _unwrap(model: nn.Module) -> nn.Module:
@@ -156,6 +211,24 @@ def _unwrap(model: nn.Module) -> nn.Module:
             model = inner
         else:
             return model
+
+
+@contextmanager
+def _own_buffers(module: nn.Module) -> Iterator[None]:
+    """Give the modules clones of their buffers, and back their own, with what they hold.
+
+    By hand: torch.func.functional_call loses the buffers of a module that is reachable under two names.
+    """
+    own = [(part, dict(part._buffers)) for part in module.modules()]
+    clones = {id(buffer): buffer.clone() for _, buffers in own for buffer in buffers.values() if buffer is not None}
+    try:
+        for part, buffers in own:
+            part._buffers.update({name: clones.get(id(buffer)) for name, buffer in buffers.items()})
+        yield
+    finally:
+        for part, buffers in own:
+            part._buffers.clear()
+            part._buffers.update(buffers)
 
 
 @contextmanager
@@ -175,16 +248,24 @@ def _differentiable_attention() -> AbstractContextManager[None]:
 
 def _eager(module: nn.Module) -> AbstractContextManager[None]:
     """Run submodules compiled in place (`module.compile()`) eagerly: their graphs have no double backward."""
-    compiled = any(part._compiled_call_impl is not None or hasattr(part, "_orig_mod") for part in module.modules())
-    if compiled and hasattr(torch.compiler, "set_stance"):
+    if _is_compiled(module) and hasattr(torch.compiler, "set_stance"):
         eager: AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
         return eager
     return nullcontext()
 
 
-def _refuse_freed_parameters(module: nn.Module) -> None:
-    """Refuse FSDP2 modules that free their parameters after a backward pass: two more are to come."""
+def _is_compiled(module: nn.Module) -> bool:
+    return any(part._compiled_call_impl is not None or hasattr(part, "_orig_mod") for part in module.modules())
+
+
+def _refuse_unusable(module: nn.Module) -> None:
+    """Refuse TorchScript, and FSDP2 modules that free their parameters after a backward pass: two are to come."""
     for part in module.modules():
+        if isinstance(part, torch.jit.ScriptModule):
+            raise RuntimeError(
+                f"expected nn.Modules, got a TorchScript module ({part.original_name}), whose graph hides its "
+                "activations: use the nn.Module it was scripted from."
+            )
         if hasattr(part, "set_reshard_after_backward"):
             state: Any = part._get_fsdp_state()  # type: ignore[operator]
             # A list of groups in newer releases.

@@ -12,10 +12,6 @@ from interpgrad.criteria import Criterion, evaluate, resolve_criterion
 from interpgrad.forward import Forward, check_batch, forward_without_trace
 from interpgrad.guided import check_activations, guided_backward
 
-# Under float16 the gradients inside the network underflow. The loss is multiplied by this before them and
-# they are divided by it after, in single precision. A power of two, so nothing is rounded.
-_FLOAT16_SCALE = 2.0**8
-
 
 def input_gradients(
     model: nn.Module,
@@ -82,9 +78,10 @@ def gradient_pair(
     """
     image = forward.image
     loss = evaluate(criterion, forward.logits, y)
-    float16 = _computes_in_float16(image)
-    if float16:
-        loss = loss * _FLOAT16_SCALE
+    float16 = forward.float16 or torch.float16 in (image.dtype, forward.logits.dtype)
+    scale = _float16_scale(loss, forward.logits) if float16 else None
+    if scale is not None:
+        loss = loss * scale
 
     network = list(graph.nodes(forward.logits, until=image))
     operations = [*graph.nodes(loss, until=forward.logits), *network]
@@ -102,7 +99,7 @@ def gradient_pair(
             graph.refuse_failing_double_backward(delta, until=image)
         if verified is not None:
             verified.add(names)
-    return (_unscale(delta), _unscale(guided)) if float16 else (delta, guided)
+    return (delta, guided) if scale is None else (_unscale(delta, scale), _unscale(guided, scale))
 
 
 def _gradient(loss: Tensor, image: Tensor, *, create_graph: bool) -> Tensor:
@@ -118,11 +115,15 @@ def _gradient(loss: Tensor, image: Tensor, *, create_graph: bool) -> Tensor:
     return gradient
 
 
-def _computes_in_float16(image: Tensor) -> bool:
-    kind = image.device.type
-    autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
-    return autocast or image.dtype == torch.float16
+def _float16_scale(loss: Tensor, logits: Tensor) -> Tensor:
+    """What to multiply the loss with: under float16 the gradients inside the network underflow.
+
+    The largest gradient at the logits becomes about 2^8. A power of two, so nothing is rounded.
+    """
+    (gradient,) = torch.autograd.grad(loss, logits, retain_graph=True, allow_unused=True)
+    largest = loss.new_tensor(1.0) if gradient is None else gradient.detach().abs().max().to(loss.dtype)
+    return torch.exp2(8 - torch.log2(largest.clamp(min=torch.finfo(loss.dtype).tiny)).ceil().clamp(min=-100))
 
 
-def _unscale(gradient: Tensor) -> Tensor:
-    return gradient.to(torch.promote_types(gradient.dtype, torch.float32)) / _FLOAT16_SCALE
+def _unscale(gradient: Tensor, scale: Tensor) -> Tensor:
+    return gradient.to(torch.promote_types(gradient.dtype, torch.float32)) / scale

@@ -15,6 +15,7 @@ _OPAQUE = {
     "CompiledFunction": "a torch.compile graph has no double backward and hides its activations; call the "
     "loss without shared_forward(), on the module that was compiled (or compile after the training step)",
     "DifferentiableGraph": "a TorchScript graph hides its activations; use the nn.Module it was scripted from",
+    "CondAutogradOp": "torch.cond hides the activations of its branches; branch in Python instead",
     "CheckpointFunction": "reentrant activation checkpointing does not support torch.autograd.grad; "
     "use torch.utils.checkpoint.checkpoint(..., use_reentrant=False)",
 }
@@ -56,9 +57,13 @@ def refuse_once_differentiable(recorded: list[Node]) -> None:
         # Such a Function may yield a gradient that looks constant, so the later backward would be silently
         # wrong instead of failing: it has to be found here.
         function: Any = getattr(node, "_forward_cls", None)
-        backward = getattr(getattr(function, "backward", None), "__code__", None)
-        if backward is once_differentiable(lambda *_: None).__code__:
-            _refuse_double_backward(function.__name__, "it is marked @once_differentiable")
+        backward = getattr(function, "backward", None)
+        while backward is not None:  # through all decorators
+            if getattr(backward, "__code__", None) is once_differentiable(lambda *_: None).__code__:
+                _refuse_double_backward(function.__name__, "it is marked @once_differentiable")
+            backward = getattr(backward, "__wrapped__", None)
+        if op_name(node) == "WarnNotImplemented":
+            _refuse_double_backward("a custom operator", "it is registered without an autograd kernel")
 
 
 def refuse_failing_double_backward(delta: Tensor, until: Tensor) -> None:

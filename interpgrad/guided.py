@@ -35,6 +35,7 @@ PIECEWISE_LINEAR = {
     "RreluWithNoise": "rrelu_with_noise_backward",
     "ClampMin": "where",  # where the minimum is 0, see _is_activation
     "Clamp": "where",
+    "Maximum": "where",  # where the other operand is a constant 0
 }
 SMOOTH = {
     "Gelu": "gelu_backward",
@@ -65,29 +66,42 @@ def guided_backward(graph: list[Node], activations: str) -> Iterator[None]:
     Raises RuntimeError on leaving if the graph has no such activation: the pass was an ordinary one.
     """
     family = FAMILIES[activations]
+    clamp = _Clamp()
     with ExitStack() as hooks:
-        met = 0
         for node in graph:
             if _is_activation(node, family):
-                hooks.callback(node.register_prehook(_clamp_all).remove)
-                met += 1
+                hooks.callback(node.register_prehook(clamp).remove)
         inplace = [node for node in graph if op_name(node) == "CopySlices"]
         on_views = hooks.enter_context(_ClampInsideCopySlices(inplace, family)) if inplace else None
         yield
-    if not met and not (on_views and on_views.met):
+    if not clamp.met and not (on_views and on_views.met):
         raise RuntimeError(_no_activation(graph, activations))
 
 
 def _is_activation(node: Node, family: dict[str, str]) -> bool:
     name = op_name(node)
     if name in ("ClampMin", "Clamp"):
-        minimum = getattr(node, "_saved_min", None)
-        return minimum is not None and not torch.as_tensor(minimum).any()
+        return _is_zero(getattr(node, "_saved_min", None))
+    if name == "Maximum":
+        (of_self, _), (of_other, _) = node.next_functions
+        saved: Any = node
+        return (of_other is None and _is_zero(saved._saved_other)) or (of_self is None and _is_zero(saved._saved_self))
     return name in family
 
 
-def _clamp_all(gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-    return tuple(None if gradient is None else gradient.clamp(min=0) for gradient in gradients)
+def _is_zero(value: float | Tensor | None) -> bool:
+    return value is not None and not torch.as_tensor(value).any()
+
+
+class _Clamp:
+    """The hook: clamps the gradient from above. Counts the activations that the backward pass did reach."""
+
+    def __init__(self) -> None:
+        self.met = 0
+
+    def __call__(self, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+        self.met += 1
+        return tuple(None if gradient is None else gradient.clamp(min=0) for gradient in gradients)
 
 
 def _no_activation(graph: list[Node], activations: str) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from interpgrad.autocast import without_autocast
 from interpgrad.criteria import Criterion, resolve_criterion
 from interpgrad.errors import ERRORS
 from interpgrad.forward import Forward, Recorder, check_batch, forward_without_trace
@@ -63,8 +64,6 @@ class InterpretableGradientLoss(nn.Module):
     True
     """
 
-    model: nn.Module
-
     def __init__(
         self,
         model: nn.Module,
@@ -87,7 +86,7 @@ class InterpretableGradientLoss(nn.Module):
         if not isinstance(every, int) or every < 1:
             raise ValueError(f"expected every to be an integer of at least 1, got {every!r}.")
         check_activations(activations)
-        self.__dict__["model"] = model  # past nn.Module's registration: the optimizer must not see it twice
+        self.model = model
         self.error = error
         self.lam = lam
         self.criterion = resolve_criterion(criterion)
@@ -96,7 +95,7 @@ class InterpretableGradientLoss(nn.Module):
         self.transform = transform
         self.penalty: Tensor | None = None
         self._step = 0
-        self._recorded: Forward | None = None
+        self._recorder: Recorder | None = None
         self._verified: set[frozenset[str]] = set()
 
     def forward(self, x: Tensor, y: Any, *model_args: Any, **model_kwargs: Any) -> Tensor:
@@ -116,8 +115,8 @@ class InterpretableGradientLoss(nn.Module):
             return _zero(x)
 
         with torch.enable_grad():
-            if training and self._recorded:
-                forward = _same_images(self._recorded, x)
+            if training and self._recorder and self._recorder.forward:
+                forward = _same_images(self._recorder.forward, x)
             else:
                 forward = forward_without_trace(self.model, x, model_args, model_kwargs)
             delta, guided = gradient_pair(
@@ -134,17 +133,19 @@ class InterpretableGradientLoss(nn.Module):
         if not training:
             return self.lam * self.penalty
         self._step += 1
-        self._recorded = None
+        self._recorder = None
+        forward.close()
         return self.lam * self.every * penalty if self.lam else _zero(x)
 
     def _error(self, delta: Tensor, guided: Tensor) -> Tensor:
         """The error of each sample, (N,), in at least single precision."""
         samples = len(delta)
         delta, guided = _at_least_single(delta), _at_least_single(guided)
-        if self.transform is not None:
-            delta, guided = self.transform(delta), self.transform(guided)
         error = ERRORS[self.error] if isinstance(self.error, str) else self.error
-        value = error(delta, guided)
+        with without_autocast(delta.device):
+            if self.transform is not None:
+                delta, guided = self.transform(delta), self.transform(guided)
+            value = error(delta, guided)
         if not isinstance(value, Tensor) or value.shape != (samples,):
             received = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(
@@ -163,17 +164,27 @@ class InterpretableGradientLoss(nn.Module):
 
         Raises RuntimeError if the model was not called inside.
         """
-        self._recorded = None
+        self._recorder = None
         if not (torch.is_grad_enabled() and self._is_due()):
             yield
             return
-        recorder = Recorder()
-        with recorder.recording(self.model):
+        self._recorder = Recorder()
+        with self._recorder.recording(self.model):
             yield
-        self._recorded = recorder.forward
 
     def _is_due(self) -> bool:
         return self._step % self.every == 0
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Hold modules without registering them: the optimizer and the checkpoint must not see them twice."""
+        if isinstance(value, nn.Module):
+            self.__dict__[name] = value
+        else:
+            super().__setattr__(name, value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copied and pickled without a recorded graph."""
+        return self.__dict__ | {"_recorder": None}
 
     def get_extra_state(self) -> Tensor:
         """The step counter of `every`: all there is in `state_dict()`."""

@@ -85,6 +85,8 @@ SPELLINGS = {
     "clamp_min_(0)": (lambda h: h.clamp_min_(0), F.relu),
     "torch.clip": (lambda h: torch.clip(h, 0), F.relu),
     "clamp(0, 6)": (lambda h: (3 * h).clamp(0, 6), lambda h: F.hardtanh(3 * h, 0, 6)),
+    "torch.maximum with 0": (lambda h: torch.maximum(torch.zeros((), dtype=h.dtype), h), F.relu),
+    "torch.max with zeros": (lambda h: torch.max(h, torch.zeros_like(h)), F.relu),
     "F.threshold": (lambda h: F.threshold(h, 0, 0), F.relu),
     "F.threshold_": (lambda h: F.threshold_(h, 0, 0), F.relu),
     "nn.Threshold": (nn.Threshold(0.1, 0.1), lambda h: F.threshold(h, 0.1, 0.1)),

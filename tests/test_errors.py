@@ -102,6 +102,18 @@ def test_cos_at_the_end_of_single_precision(scale):
     assert error.item() == (1.0 if scale < np.finfo(np.float32).tiny else pytest.approx(0, abs=1e-6))
 
 
+@pytest.mark.parametrize("scale", [1e-10, 1e-18, 1e-20, 1e-24, 1e-37])
+def test_hi_never_overflows_into_nan(scale):
+    delta = torch.full((2, 2, 2, 2), scale)
+    delta[1] = 1
+    delta.requires_grad_()
+    error = hi(delta, torch.full((2, 2, 2, 2), scale))
+    (gradient,) = torch.autograd.grad(error.sum(), delta)
+    assert error.isfinite().all()
+    assert gradient.isfinite().all()
+    assert (error[0] != 0) == (scale > 1e-19)
+
+
 @pytest.mark.parametrize("error", [cos, hi])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_non_finite_gradients_reach_the_user(error, value):

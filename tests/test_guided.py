@@ -141,6 +141,19 @@ def test_functional_activation_inside_an_aten_composite():
     assert_equal_gradients(model, model, *data())
 
 
+def test_a_relu_that_no_image_passes_is_no_activation():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.scale = nn.Conv2d(3, 4, 3).double(), nn.Parameter(torch.ones(4, 1, 1).double())
+
+        def forward(self, x):
+            return (F.gelu(self.conv(x)) * F.relu(self.scale)).mean((2, 3))
+
+    with pytest.raises(RuntimeError, match="at least one activation"):
+        input_gradients(Scaled(), *data())
+
+
 def test_hooks_are_gone_for_the_double_backward():
     """Differentiating delta again equals stock autograd: nothing guided is left on the graph."""
     model, (x, y) = small_net(), data()
@@ -153,7 +166,7 @@ def test_hooks_are_gone_for_the_double_backward():
     (stock,) = torch.autograd.grad(cross_entropy(model(inputs), y), inputs, create_graph=True)
     (stock**2).sum().backward()
     for value, parameter in zip(ours, model.parameters(), strict=True):
-        assert torch.equal(value, parameter.grad)
+        torch.testing.assert_close(value, parameter.grad, rtol=1e-9, atol=1e-12)
 
 
 def test_inplace_relu_stays_in_place_and_saves_only_its_output():

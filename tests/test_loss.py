@@ -1,6 +1,7 @@
 """The loss against a literal Algorithm 1, and its settings."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -356,6 +357,30 @@ def test_cross_entropy_is_that_of_torch():
     assert cross_entropy(maps, y) == F.cross_entropy(maps, y, reduction="sum")
 
 
+@pytest.mark.parametrize("margin", [-60, -30, -12, -3, 0, 3, 12, 30])
+def test_second_derivative_of_cross_entropy(margin):
+    """In single precision, of two classes, whose second derivative is p (1 - p)."""
+    logits = torch.tensor([[-margin / 2, margin / 2]], requires_grad=True)
+    (first,) = torch.autograd.grad(cross_entropy(logits, torch.tensor([0])), logits, create_graph=True)
+    (second,) = torch.autograd.grad(first[0, 1], logits)
+    p = 1 / (1 + math.exp(-margin))
+    rounding = 1e-7 if margin > 0 else 0  # of p near 1, beside a first derivative of that size
+    assert first[0, 1].item() == pytest.approx(p, rel=1e-5)
+    assert second[0, 1].item() == pytest.approx(p / (1 + math.exp(margin)), rel=1e-5, abs=rounding)
+
+
+def test_cross_entropy_of_other_targets():
+    logits = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    y = torch.tensor([0, 3, 1])
+    torch.testing.assert_close(cross_entropy(logits, y.to(torch.uint8)), F.cross_entropy(logits, y, reduction="sum"))
+    for masked in (1, 2, 3):  # classes ruled out
+        ruled_out = torch.zeros(3, 4, dtype=torch.float64)
+        ruled_out[:, :masked] = -torch.inf
+        (gradient,) = torch.autograd.grad(cross_entropy(logits + ruled_out, torch.full((3,), 3)), logits)
+        expected = logits.softmax(1) if masked == 0 else (logits + ruled_out).softmax(1)
+        torch.testing.assert_close(gradient, expected.detach() - F.one_hot(torch.full((3,), 3), 4))
+
+
 def test_zero_gradients_give_error_1_and_no_nan():
     """A linear head that starts at zero: delta is exactly zero."""
     model, (x, y) = small_net().eval(), data()
@@ -380,3 +405,137 @@ def test_autocast_and_half_precision_images(dtype):
     half = InterpretableGradientLoss(small_net().eval().to(dtype), lam=1.0)(x.to(dtype), y)
     assert half.dtype == torch.float32
     assert half.isfinite()
+
+
+def confident_net(margin):
+    model = small_net().eval().float()
+    with torch.no_grad():
+        model[-1].bias[0] = margin
+    return model, data()[0].float(), torch.zeros(3, dtype=torch.long)
+
+
+@pytest.mark.parametrize("margin", [0, 8, 14])
+@pytest.mark.parametrize("settings", [{}, {"transform": lambda d: F.conv2d(d, torch.ones(1, 3, 3, 3) / 9)}])
+def test_float16_autocast_ended_before_the_loss(margin, settings):
+    """The gradients run in half precision if the forward pass did, wherever the loss is called."""
+    model, x, y = confident_net(margin)
+    reg = InterpretableGradientLoss(model, lam=1.0, **settings)
+    expected = float(reg(x, y))
+    for inside in (True, False):
+        with torch.autocast("cpu", torch.float16):
+            with reg.shared_forward():
+                model(x)
+            if inside:
+                value = reg(x, y)
+        if not inside:
+            value = reg(x, y)
+        assert float(value) == pytest.approx(expected, abs=0.02)
+
+
+class TestSharedForward:
+    """Ways to use it that are not the two lines of the README."""
+
+    def setup_method(self):
+        self.model, (self.x, self.y) = small_net().eval(), data()
+        self.reg = InterpretableGradientLoss(self.model, lam=1.0)
+        self.expected = self.reg(self.x, self.y)
+        self.forwards = 0
+        self.model.register_forward_hook(self.count)
+
+    def count(self, *_):
+        self.forwards += 1
+
+    def test_two_regularizers(self):
+        other = InterpretableGradientLoss(self.model, "mse", lam=1.0)
+        plain = gradients_of(self.reg(self.x, self.y) + other(self.x, self.y), self.model)
+        with self.reg.shared_forward(), other.shared_forward():
+            self.model(self.x)
+        shared = self.reg(self.x, self.y) + other(self.x, self.y)
+        assert_same_gradients(gradients_of(shared, self.model), plain)
+        assert self.forwards == 3
+
+    def test_loss_inside_the_block(self):
+        with self.reg.shared_forward():
+            self.model(self.x)
+            value = self.reg(self.x, self.y)
+        assert self.forwards == 1
+        torch.testing.assert_close(value, self.expected)
+        torch.testing.assert_close(self.reg(self.x, self.y), self.expected)
+
+    def test_other_calls_inside_the_block(self):
+        with self.reg.shared_forward():
+            self.model(self.x)
+            InterpretableGradientLoss(self.model)(*data(seed=3))
+            with torch.no_grad():
+                self.model(data(seed=4)[0])
+        torch.testing.assert_close(self.reg(self.x, self.y), self.expected)
+
+    def test_users_own_pre_hook(self):
+        self.model.register_forward_pre_hook(lambda _, args: (args[0] * 2,))
+        expected = self.reg(self.x, self.y)
+        with self.reg.shared_forward():
+            self.model(self.x)
+        torch.testing.assert_close(self.reg(self.x, self.y), expected)
+
+    def test_images_by_keyword_among_others(self):
+        class Masked(nn.Module):
+            def __init__(self, net):
+                super().__init__()
+                self.net = net
+
+            def forward(self, x, mask=None):
+                return self.net(x if mask is None else x * mask)
+
+        model = Masked(self.model)
+        reg = InterpretableGradientLoss(model, lam=1.0)
+        with reg.shared_forward():
+            model(mask=torch.ones_like(self.x), x=self.x)
+        torch.testing.assert_close(reg(self.x, self.y), self.expected)
+
+    def test_model_that_calls_itself(self):
+        class Pyramid(nn.Module):
+            def __init__(self, net):
+                super().__init__()
+                self.net = net
+
+            def forward(self, x, levels=1):
+                return self.net(x) + (self(x * 0.5, levels - 1) if levels else 0)
+
+        model = Pyramid(self.model)
+        reg = InterpretableGradientLoss(model, lam=1.0)
+        expected = reg(self.x, self.y)
+        with reg.shared_forward():
+            model(self.x)
+        torch.testing.assert_close(reg(self.x, self.y), expected)
+
+    def test_a_call_that_fails_is_not_the_recorded_one(self):
+        with self.reg.shared_forward():
+            self.model(self.x)
+            with pytest.raises(RuntimeError):
+                self.model(self.x[:, :2])
+        torch.testing.assert_close(self.reg(self.x, self.y), self.expected)
+
+    def test_a_criterion_in_place_leaves_the_users_logits_alone(self):
+        reg = InterpretableGradientLoss(self.model, criterion=lambda z, y: z.mul_(2).logsumexp(1).sum())
+        with reg.shared_forward():
+            logits = self.model(self.x)
+        before = logits.clone()
+        reg(self.x, self.y)
+        assert torch.equal(logits, before)
+
+    def test_distributed_data_parallel(self):
+        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+        try:
+            wrapped = nn.parallel.DistributedDataParallel(self.model, static_graph=True)
+            for given in (wrapped, self.model):
+                reg = InterpretableGradientLoss(given, lam=1.0)
+                with reg.shared_forward():
+                    logits = wrapped(self.x)
+                value = reg(self.x, self.y)
+                torch.testing.assert_close(value, self.expected)
+                self.model.zero_grad()
+                (F.cross_entropy(logits, self.y) + value).backward()
+                total = F.cross_entropy(self.model(self.x), self.y) + self.reg(self.x, self.y)
+                assert_same_gradients([p.grad for p in self.model.parameters()], gradients_of(total, self.model))
+        finally:
+            torch.distributed.destroy_process_group()

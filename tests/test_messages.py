@@ -11,7 +11,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from interpgrad import InterpretableGradientLoss, input_gradients
+from interpgrad import InterpretableGradientLoss, graph, input_gradients
 
 
 def raises(error, *parts):
@@ -70,6 +70,14 @@ def test_images(entry):
         call(x, y[:2])
     with raises(RuntimeError, "got torch.inference_mode()", "use torch.no_grad()"), torch.inference_mode():
         reg(x, y) if entry == "shared" else call(x, y)
+
+
+def test_images_made_under_inference_mode():
+    model, (x, y) = small_net(), data()
+    with torch.inference_mode():
+        images = x + 1
+    with raises(RuntimeError, "got a tensor made under it", "use torch.no_grad()"):
+        input_gradients(model, images, y)
 
 
 def test_not_a_tensor():
@@ -148,9 +156,15 @@ class OnceDifferentiable(Function):
         return 2 * ctx.saved_tensors[0] * gradient
 
 
+class OnceDifferentiableUnderAutocast(OnceDifferentiable):
+    forward = staticmethod(torch.amp.custom_fwd(OnceDifferentiable.forward, device_type="cpu"))
+    backward = staticmethod(torch.amp.custom_bwd(OnceDifferentiable.backward, device_type="cpu"))
+
+
+@pytest.mark.parametrize("function", [OnceDifferentiable, OnceDifferentiableUnderAutocast])
 @pytest.mark.parametrize("shared", [False, True])
-def test_once_differentiable_function(shared):
-    model, (x, y) = net_with(Apply(OnceDifferentiable.apply)), data()
+def test_once_differentiable_function(shared, function):
+    model, (x, y) = net_with(Apply(function.apply)), data()
     reg = InterpretableGradientLoss(model)
     with raises(RuntimeError, "double backward", "OnceDifferentiable", "@once_differentiable", "Replace it"):
         if shared:
@@ -169,6 +183,16 @@ def test_operation_without_a_double_backward():
 
     model = net_with(Apply(attend))
     with raises(RuntimeError, "double backward", "_scaled_dot_product_flash_attention_for_cpu", "another backend"):
+        InterpretableGradientLoss(model)(*data())
+
+
+@pytest.mark.filterwarnings("ignore:.*autograd kernel was not registered")
+def test_operator_without_an_autograd_kernel():
+    library = torch.library.Library("interpgrad_tests", "FRAGMENT")
+    library.define("thrice(Tensor x) -> Tensor")
+    library.impl("thrice", lambda x: torch.from_numpy(3 * x.detach().numpy()), "CPU")
+    model = net_with(Apply(lambda h: torch.ops.interpgrad_tests.thrice(h) + h))
+    with raises(RuntimeError, "double backward", "custom operator", "autograd kernel"):
         InterpretableGradientLoss(model)(*data())
 
 
@@ -201,15 +225,18 @@ def test_compiled_model():
     model, (x, y) = small_net().eval(), data()
     compiled = torch.compile(model, backend="aot_eager")
     reg = InterpretableGradientLoss(compiled)
-    with reg.shared_forward():
+    with raises(RuntimeError, "torch.compile", "call the loss without shared_forward()"), reg.shared_forward():
         compiled(x)
-    with raises(RuntimeError, "CompiledFunctionBackward", "torch.compile", "without shared_forward()"):
-        reg(x, y)
     expected = InterpretableGradientLoss(model)(x, y)
     torch.testing.assert_close(InterpretableGradientLoss(compiled)(x, y), expected)
+    part = nn.Sequential(Apply(torch.compile(model.forward, backend="aot_eager")))  # no module says it is compiled
+    torch.testing.assert_close(InterpretableGradientLoss(part)(x, y), expected)
+    x.requires_grad_()
+    with raises(RuntimeError, "CompiledFunctionBackward", "torch.compile"):
+        graph.refuse_opaque(list(graph.nodes(part(x), until=x)))
     model.compile(backend="aot_eager")
     model(x)
-    torch.testing.assert_close(InterpretableGradientLoss(model)(x, y), expected)
+    torch.testing.assert_close(InterpretableGradientLoss(model)(x.detach(), y), expected)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")

@@ -1,6 +1,7 @@
 """A call leaves nothing behind, on success and on every way to fail."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -131,6 +132,33 @@ def test_failed_calls_leave_no_trace(failure, shared):
     assert int(reg.state_dict()["_extra_state"]) == 0, "a failed call must not count"
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_buffers_of_modules_reachable_under_two_names_or_filled_by_forward(training):
+    class Aliased(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = small_net()
+            self.features = self.net[:4]
+            self.norm = self.net[1]
+            self.register_buffer("tied", self.norm.running_mean)
+            self.register_buffer("cache", None)
+
+        def forward(self, x):
+            self.cache = x.mean().detach()
+            self.tied.add_(1)
+            return self.net(x)
+
+    model, (x, y) = Aliased().train(training), data()
+    before = trace(model)
+    InterpretableGradientLoss(model)(x, y).backward()
+    input_gradients(model, x, y)
+    model.zero_grad()
+    assert model.cache is None
+    after = trace(model)
+    assert same(before["buffers"], after["buffers"])
+    assert same(before["attributes"], after["attributes"])
+
+
 def test_a_failed_loss_can_be_repeated():
     """The recorded forward pass is not lost with the wrong tensor."""
     model, (x, y) = small_net(), data()
@@ -206,3 +234,21 @@ def test_the_loss_is_registered_nowhere():
     clone = copy.deepcopy(holder)
     assert clone["reg"].model is clone["model"]
     torch.testing.assert_close(clone["reg"](x, y), reg(x, y))
+
+
+def test_modules_given_as_settings_are_registered_nowhere():
+    settings = {"criterion": nn.CrossEntropyLoss(torch.ones(4).double()), "transform": nn.Conv2d(3, 1, 3).double()}
+    reg = InterpretableGradientLoss(small_net(), **settings)
+    reg.model = small_net()
+    assert not list(reg.parameters())
+    assert list(reg.state_dict()) == ["_extra_state"]
+
+
+def test_copies_and_pickles_between_a_shared_forward_and_its_loss():
+    model, (x, y) = small_net().eval(), data()
+    reg = InterpretableGradientLoss(model, lam=1.0)
+    with reg.shared_forward():
+        model(x)
+    for clone in (copy.deepcopy(reg), pickle.loads(pickle.dumps(reg))):
+        torch.testing.assert_close(clone(x, y), InterpretableGradientLoss(model, lam=1.0)(x, y))
+    assert reg(x, y) > 0

@@ -71,7 +71,7 @@ def test_figures_of_a_known_gradient(monkeypatch):
     torch.nn.init.zeros_(model[1].weight)
     model[1].bias.data = torch.tensor([1.0, 0.0])
     figures = quickstart.evaluate(
-        quickstart.Run(quickstart.PLAIN, model, None, None, None, [1.0, 9.0, 2.0]), task, "logit"
+        quickstart.Run(quickstart.PLAIN, model, None, None, None, 3, [1.0, 9.0, 2.0]), task, "logit"
     )
     assert figures["accuracy"] == 0.5
     assert figures["cosine"] == pytest.approx(1)

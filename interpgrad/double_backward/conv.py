@@ -1,0 +1,145 @@
+"""Convolution whose double backward runs on native kernels.
+
+Stock PyTorch differentiates the data gradient g -> convT(g, W) with a convolution over transposed tensors, group
+by group in C++. Here the data gradient is a Function of its own, bilinear in g and W: for an incoming u the gradient
+for g is conv(u, W), and the one for W is the native weight gradient of conv(u, W) at g.
+
+Shapes: x (N, C, *spatial), weight (K, C / groups, *kernel), g and y (N, K, *spatial'); transposed convolutions
+have (C, K / groups, *kernel). geometry: stride, padding, dilation, transposed, output_padding, groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+
+from interpgrad.autocast import autocast_dtype, without_autocast
+from interpgrad.double_backward.engine import tensors_of, wanted
+
+aten = torch.ops.aten
+Geometry = tuple[Sequence[int], Sequence[int], Sequence[int], bool, Sequence[int], int]
+
+
+class _Convolution(Function):
+    """y = conv(x, weight) + bias."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+        ctx.geometry = geometry
+        ctx.tensors = tensors_of(x, weight, bias)
+        ctx.save_for_backward(x, weight)
+        y: Tensor = aten.convolution(x, weight, bias, *geometry)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        for_x, *for_parameters = wanted(ctx, ctx.tensors)
+        if not torch.is_grad_enabled():
+            return *_convolution_backward(g, x, weight, ctx.geometry, [for_x, *for_parameters]), None
+        dx = _DataGradient.apply(g, weight, x.detach(), ctx.geometry) if for_x else None
+        dweight = dbias = None
+        if any(for_parameters):
+            _, dweight, dbias = _convolution_backward(g, x, weight, ctx.geometry, [False, *for_parameters])
+        return dx, dweight, dbias, None
+
+
+class _DataGradient(Function):
+    """dx = convT(g, weight): the data gradient, where it is to be differentiated again. x gives the shape only."""
+
+    @staticmethod
+    def forward(ctx: Any, g: Tensor, weight: Tensor, x: Tensor, geometry: Geometry) -> Tensor:
+        ctx.geometry = geometry
+        ctx.save_for_backward(g, weight)
+        dx = _convolution_backward(g, x, weight, geometry, [True, False, False])[0]
+        assert dx is not None
+        return dx
+
+    @staticmethod
+    def backward(ctx: Any, u: Tensor) -> tuple[Tensor | None, ...]:
+        # Both expressions are differentiable by stock PyTorch: derivatives of any order are right.
+        g, weight = ctx.saved_tensors
+        for_g, for_weight = wanted(ctx, (True, True))
+        dg = dweight = None
+        if for_g:
+            with without_autocast(u.device):
+                dg = aten.convolution(u, weight, None, *ctx.geometry)
+        if for_weight:
+            dweight = _convolution_backward(g, u, weight, ctx.geometry, [False, True, False])[1]
+        return dg, dweight, None, None
+
+
+def _convolution_backward(
+    g: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, mask: list[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    transposed, groups = geometry[3], geometry[5]
+    channels = weight.shape[1] * groups if transposed else weight.shape[0]
+    dx, dweight, dbias = aten.convolution_backward(g, x, weight, [channels], *geometry, mask)
+    return dx, dweight, dbias
+
+
+def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Any:
+    if x.dim() != weight.dim():  # without a batch dimension
+        return NotImplemented
+    dtype = autocast_dtype(x.device)
+    if dtype is None:
+        return _Convolution.apply(x, weight, bias, geometry)
+    # What autocast does, outside of the Function, so that the casts are differentiated too.
+    tensors = [each if each is None or each.dtype == torch.float64 else each.to(dtype) for each in (x, weight, bias)]
+    with without_autocast(x.device):
+        return _Convolution.apply(*tensors, geometry)
+
+
+def _replace(dims: int, transposed: bool) -> Any:
+    """The replacement of torch.conv{dims}d or its transpose, with its signature."""
+
+    def sizes(value: int | Sequence[int]) -> list[int]:
+        value = [value] if isinstance(value, int) else list(value)
+        return value * dims if len(value) == 1 else value
+
+    def conv(
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: int | Sequence[int] = 1,
+        padding: int | Sequence[int] | str = 0,
+        dilation: int | Sequence[int] = 1,
+        groups: int = 1,
+    ) -> Any:
+        if padding == "same":
+            total = [d * (k - 1) for d, k in zip(sizes(dilation), weight.shape[2:], strict=True)]
+            if any(each % 2 for each in total):  # the odd pixel goes to the end, as in stock
+                input = F.pad(input, [side for each in reversed(total) for side in (0, each % 2)])
+            padding = [each // 2 for each in total]
+        elif padding == "valid":
+            padding = 0
+        assert not isinstance(padding, str)
+        geometry = (sizes(stride), sizes(padding), sizes(dilation), False, [0] * dims, groups)
+        return _convolution(input, weight, bias, geometry)
+
+    def conv_transpose(
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: int | Sequence[int] = 1,
+        padding: int | Sequence[int] = 0,
+        output_padding: int | Sequence[int] = 0,
+        groups: int = 1,
+        dilation: int | Sequence[int] = 1,
+    ) -> Any:
+        geometry = (sizes(stride), sizes(padding), sizes(dilation), True, sizes(output_padding), groups)
+        return _convolution(input, weight, bias, geometry)
+
+    return conv_transpose if transposed else conv
+
+
+REPLACEMENTS = {
+    getattr(torch, f"conv{'_transpose' if transposed else ''}{dims}d"): _replace(dims, transposed)
+    for dims in (1, 2, 3)
+    for transposed in (False, True)
+}

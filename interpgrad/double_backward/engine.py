@@ -1,0 +1,55 @@
+"""What the autograd engine knows and an autograd Function does not: which gradients somebody will use."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+
+def tensors_of(*inputs: Any) -> tuple[bool, ...]:
+    """For `wanted`: which of a Function's leading inputs are tensors."""
+    return tuple(isinstance(each, Tensor) for each in inputs)
+
+
+def wanted(ctx: Any, tensors: tuple[bool, ...]) -> list[bool]:
+    """Which inputs' gradients the running backward pass will use.
+
+    `ctx.needs_input_grad` is true for every weight, even while `torch.autograd.grad(loss, x)` asks for
+    the images' gradient alone: an autograd Function that believes it computes all weight gradients in vain.
+    PyTorch's own nodes ask the engine; so does this.
+    """
+    edges = iter(ctx.next_functions)
+    nodes = [next(edges)[0] if is_tensor else None for is_tensor in tensors]
+    return [node is not None and _will_run(node) for node in nodes]
+
+
+def _will_run(node: Any) -> bool:
+    if getattr(node, "readers", 1) == 0:
+        return False
+    try:
+        return bool(torch._C._will_engine_execute_node(node))
+    except RuntimeError:  # a leaf that torch.autograd.grad was asked for: it does not run, it is collected
+        return True
+
+
+class Root(Function):
+    """A copy of the images, whose gradient can be declared unwanted once it has been taken.
+
+    The images must require a gradient for delta; afterwards the backward pass of the loss would compute it
+    again at the first layer, for nobody. Once `readers`, on its node, is 0, the layers of this package skip it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, images: Tensor) -> Tensor:
+        """The copy."""
+        ctx.readers = 1
+        ctx.without_trace = False
+        return images.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None) -> Tensor | None:
+        """The identity."""
+        return g

@@ -1,0 +1,464 @@
+"""Convolution and batch norm under fast_double_backward against stock autograd, in double precision."""
+
+import gc
+import threading
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from flops import CountFlops
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from nets import data, small_net
+from torch import nn
+from torch.autograd import gradcheck, gradgradcheck
+from torch.utils.checkpoint import checkpoint
+
+from interpgrad import InterpretableGradientLoss, fast_double_backward
+
+double = {"dtype": torch.float64}
+
+
+def assert_close(ours, stock):
+    assert (ours is None) == (stock is None)
+    if stock is not None:
+        torch.testing.assert_close(ours, stock, rtol=1e-9, atol=1e-9 * max(1.0, float(stock.detach().abs().max())))
+
+
+def derivatives(function, tensors, fast, seed=0):
+    """The value, the first and all second derivatives of a function of tensors, None where there is none."""
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda like: torch.randn(like.shape, generator=generator, **double)  # noqa: E731
+    inputs = [each for each in tensors if each is not None and each.requires_grad]
+    if fast:
+        with fast_double_backward():
+            y = function(*tensors)
+    else:
+        y = function(*tensors)
+    g = draw(y).requires_grad_()
+    first = torch.autograd.grad(y, inputs, g, create_graph=True)
+    found = [y, *first]
+    some_graph = [each for each in first if each.requires_grad]
+    outer = [draw(each) for each in first]
+    for wanted in (first[:1], first):  # the input gradient alone, as in a penalty; and all of them mixed
+        pairs = [(d, a) for d, a in zip(wanted, outer, strict=False) if any(d is each for each in some_graph)]
+        if pairs:
+            outputs, a = zip(*pairs, strict=True)
+            found += torch.autograd.grad(outputs, [g, *inputs], a, retain_graph=True, allow_unused=True)
+    return found
+
+
+def assert_same_derivatives(function, *tensors):
+    for ours, stock in zip(
+        derivatives(function, tensors, fast=True), derivatives(function, tensors, fast=False), strict=True
+    ):
+        if stock is None or not stock.any():
+            assert ours is None or not (ours.abs() > 1e-9).any()
+        else:
+            assert_close(ours, stock)
+
+
+@st.composite
+def convolutions(draw):
+    """A convolution that fits its input: the function, x, weight, bias."""
+    dims = draw(st.integers(1, 3))
+    transposed = draw(st.booleans())
+    groups = draw(st.integers(1, 3))
+    per_group_in, per_group_out = draw(st.integers(1, 2)), draw(st.integers(1, 2))
+    integers = lambda low, high: [draw(st.integers(low, high)) for _ in range(dims)]  # noqa: E731
+    kernel, size, dilation = integers(1, 3), integers(3, 6), integers(1, 2)
+    stride, padding = integers(1, 3), integers(0, 2)
+    assume(all(n + 2 * p > d * (k - 1) for n, p, d, k in zip(size, padding, dilation, kernel, strict=True)))
+    settings = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+    if transposed:
+        settings["output_padding"] = [
+            draw(st.integers(0, max(s, d) - 1)) for s, d in zip(stride, dilation, strict=True)
+        ]
+        out = [
+            (n - 1) * s - 2 * p + d * (k - 1) + o + 1
+            for n, s, p, d, k, o in zip(
+                size, stride, padding, dilation, kernel, settings["output_padding"], strict=True
+            )
+        ]
+        assume(min(out) > 0)
+    elif draw(st.booleans()):
+        settings["stride"], settings["padding"] = 1, draw(st.sampled_from(["same", "valid"]))
+        assume(
+            settings["padding"] == "same"
+            or all(n > d * (k - 1) for n, d, k in zip(size, dilation, kernel, strict=True))
+        )
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
+    tensor = lambda *shape: torch.randn(*shape, generator=generator, **double)  # noqa: E731
+    channels = groups * per_group_in
+    x = tensor(draw(st.integers(1, 3)), channels, *size)
+    shape = (channels, per_group_out) if transposed else (groups * per_group_out, per_group_in)
+    weight, bias = tensor(*shape, *kernel), tensor(groups * per_group_out) if draw(st.booleans()) else None
+    for each in (x, weight, bias):
+        if each is not None:
+            each.requires_grad_(draw(st.sampled_from([True, True, True, False])))
+    assume(any(each is not None and each.requires_grad for each in (x, weight, bias)))
+    function = getattr(F, f"conv{'_transpose' if transposed else ''}{dims}d")
+    return (lambda x, weight, bias: function(x, weight, bias, **settings)), x, weight, bias
+
+
+@settings(max_examples=300)
+@given(convolutions())
+def test_convolutions(problem):
+    function, *tensors = problem
+    assert_same_derivatives(function, *tensors)
+
+
+@st.composite
+def batch_norms(draw):
+    dims, training = draw(st.integers(0, 3)), draw(st.booleans())
+    shape = (draw(st.integers(2, 4)), draw(st.integers(1, 3)), *(draw(st.integers(1, 4)) for _ in range(dims)))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
+    tensor = lambda *size: torch.randn(*size, generator=generator, **double)  # noqa: E731
+    channels = shape[1]
+    weight, bias = (tensor(channels), tensor(channels)) if draw(st.booleans()) else (None, None)
+    running = (
+        (tensor(channels), tensor(channels).square() + 0.1) if not training or draw(st.booleans()) else (None, None)
+    )
+    x = tensor(*shape)
+    x.requires_grad_()
+    for each in (weight, bias):
+        if each is not None:
+            each.requires_grad_(draw(st.booleans()))
+
+    def function(x, weight, bias):
+        copies = [None if each is None else each.clone() for each in running]
+        return F.batch_norm(x, *copies, weight, bias, training, momentum=0.3, eps=1e-3)
+
+    return function, x, weight, bias
+
+
+@settings(max_examples=300)
+@given(batch_norms())
+def test_batch_norms(problem):
+    function, *tensors = problem
+    assert_same_derivatives(function, *tensors)
+
+
+def fast(function):
+    def inside(*tensors):
+        with fast_double_backward():
+            return function(*tensors)
+
+    return inside
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_third_derivatives_of_convolution(transposed):
+    """gradgradcheck of the data gradient, itself a first derivative: what falls to stock formulas."""
+    torch.manual_seed(0)
+    x, w = torch.randn(2, 2, 4, 4, **double, requires_grad=True), torch.randn(2, 2, 3, 3, **double, requires_grad=True)
+    conv = fast(lambda x, w: (F.conv_transpose2d if transposed else F.conv2d)(x, w, padding=1))
+    assert gradcheck(conv, (x, w))
+    assert gradgradcheck(conv, (x, w))
+    data_gradient = lambda x, w: torch.autograd.grad(conv(x * 1, w).pow(3).sum(), x, create_graph=True)[0]  # noqa: E731
+    assert gradgradcheck(data_gradient, (x, w))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_third_derivatives_of_batch_norm(training):
+    torch.manual_seed(0)
+    x = torch.randn(4, 2, 2, 2, **double, requires_grad=True)
+    w, b = torch.randn(2, **double, requires_grad=True), torch.randn(2, **double, requires_grad=True)
+    mean, var = torch.randn(2, **double), torch.rand(2, **double) + 0.5
+    norm = fast(lambda x, w, b: F.batch_norm(x, mean.clone(), var.clone(), w, b, training, 0.1, 0.1))
+    assert gradcheck(norm, (x, w, b))
+    assert gradgradcheck(norm, (x, w, b))
+    data_gradient = lambda x, w, b: torch.autograd.grad(norm(x, w, b).pow(3).sum(), x, create_graph=True)[0]  # noqa: E731
+    assert gradgradcheck(data_gradient, (x, w, b))
+
+
+MODULES = {
+    "circular padding": nn.Conv2d(3, 4, 3, padding=1, padding_mode="circular"),
+    "reflect padding": nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"),
+    "same padding, even kernel": nn.Conv2d(3, 4, 4, padding="same"),
+    "transposed": nn.ConvTranspose2d(3, 4, 3, stride=2, output_padding=1),
+    "depthwise": nn.Conv2d(3, 6, 3, groups=3, bias=False),
+    "batch norm": nn.BatchNorm2d(3),
+    "batch norm in evaluation": nn.BatchNorm2d(3).eval(),
+    "cumulative average": nn.BatchNorm2d(3, momentum=None),
+    "no running statistics": nn.BatchNorm2d(3, track_running_stats=False).eval(),
+    "not affine": nn.BatchNorm2d(3, affine=False),
+    "instance norm, left to stock": nn.InstanceNorm2d(3),
+    "norm and in-place activation": nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True)),
+}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_modules(name):
+    module = MODULES[name].double()
+    x = data()[0].requires_grad_()
+    state = {key: value.clone() for key, value in module.state_dict().items()}
+    results = []
+    for is_fast in (False, True):
+        module.load_state_dict(state)
+        results.append((derivatives(module, (x,), is_fast), dict(module.named_buffers())))
+        buffers = [{key: value.clone() for key, value in buffers.items()} for _, buffers in results]
+    for stock, ours in zip(results[0][0], results[1][0], strict=True):
+        assert_close(ours, stock)
+    torch.testing.assert_close(buffers[0], buffers[1])
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_hardsigmoid(inplace):
+    """Of which stock has no double backward: against the same function in arithmetic."""
+    torch.manual_seed(0)
+    weights = torch.randn(5, 5, **double, requires_grad=True)
+    same_as = lambda x, w: (((x @ w) / 6 + 0.5).clamp(0, 1) ** 2).sum(1)  # noqa: E731
+    ours = lambda x, w: (F.hardsigmoid(x @ w, inplace) ** 2).sum(1)  # noqa: E731
+    x = (4 * torch.randn(6, 5, **double)).requires_grad_()
+    tensors = (x, weights)
+    for value, expected in zip(derivatives(ours, tensors, True), derivatives(same_as, tensors, False), strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-6, atol=1e-6)  # stock's 1 / 6 is one of single precision
+    first = [torch.autograd.grad(fast(ours)(x, weights).sum(), x)[0], torch.autograd.grad(ours(x, weights).sum(), x)[0]]
+    assert torch.equal(*first)
+
+
+def penalty_gradients(model, x, is_fast, repeat=1):
+    """Parameter gradients of a gradient penalty, of the loss beside it, several backward passes over one graph."""
+    x = x.clone().requires_grad_()
+    if is_fast:
+        with fast_double_backward():
+            y = model(x)
+    else:
+        y = model(x)
+    (delta,) = torch.autograd.grad(y.pow(2).sum(), x, create_graph=True)
+    loss = delta.square().sum() + y.sum()
+    parameters = [each for each in model.parameters() if each.requires_grad]
+    for _ in range(repeat):
+        result = torch.autograd.grad(loss, parameters, retain_graph=True)
+    return result
+
+
+class Twice(nn.Module):
+    """One convolution used twice (tied weights), its output used twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        h = self.norm(self.conv(x))
+        return self.conv(F.relu(h)) + h + h.sigmoid()
+
+
+@pytest.mark.parametrize("frozen", [(), ("0.weight",), ("1.weight", "1.bias"), ("0.weight", "0.bias", "4.weight")])
+def test_frozen_parameters(frozen):
+    model, (x, _) = small_net(), data()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name not in frozen)
+    for ours, stock in zip(penalty_gradients(model, x, True), penalty_gradients(model, x, False), strict=True):
+        assert_close(ours, stock)
+
+
+@pytest.mark.parametrize("repeat", [1, 3])
+def test_tied_weights_outputs_used_twice_and_retained_graphs(repeat):
+    model, (x, _) = Twice().double(), data()
+    for ours, stock in zip(penalty_gradients(model, x, True, repeat), penalty_gradients(model, x, False), strict=True):
+        assert_close(ours, stock)
+
+
+def test_first_derivatives_are_bit_for_bit_those_of_stock():
+    model, (x, y) = small_net().float(), data()
+    results = []
+    for is_fast in (False, True):
+        model.zero_grad()
+        if is_fast:
+            with fast_double_backward():
+                logits = model(x.float())
+        else:
+            logits = model(x.float())
+        F.cross_entropy(logits, y).backward()
+        results.append([logits, *(parameter.grad for parameter in model.parameters())])
+    for stock, ours in zip(*results, strict=True):
+        assert torch.equal(stock, ours)
+
+
+def test_contexts_nest_interleave_and_restore():
+    conv, (x, _) = nn.Conv2d(3, 4, 3).double(), data()
+    replaced = lambda: conv(x).grad_fn.name() == "_ConvolutionBackward"  # noqa: E731
+    assert not replaced()
+    with fast_double_backward() as outer:
+        assert replaced()
+        with fast_double_backward():
+            assert replaced()
+        assert replaced()
+        with pytest.raises(RuntimeError, match="size of tensor"), fast_double_backward():
+            conv(x) + torch.zeros(7, **double)
+        assert replaced()
+        with torch.no_grad():
+            assert conv(x).grad_fn is None
+    assert not replaced()
+    first, second = fast_double_backward(), fast_double_backward()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert replaced()
+    second.__exit__(None, None, None)
+    assert not replaced()
+    with outer:
+        assert replaced()
+
+
+def test_other_threads_are_left_alone():
+    conv, (x, _) = nn.Conv2d(3, 4, 3).double(), data()
+    names = []
+    with fast_double_backward():
+        thread = threading.Thread(target=lambda: names.append(conv(x).grad_fn.name()))
+        thread.start()
+        thread.join()
+    assert names == ["ConvolutionBackward0"]
+
+
+def test_errors_of_stock_are_kept():
+    x, _ = data()
+    with fast_double_backward():
+        with pytest.raises(ValueError, match="more than 1 value per channel"):
+            nn.BatchNorm1d(3).double()(torch.randn(1, 3, **double, requires_grad=True))
+        with pytest.raises(RuntimeError, match="channels"):
+            nn.Conv2d(5, 4, 3).double()(x)
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 8), (0, 3, 8, 8)], ids=["no batch dimension", "empty batch"])
+def test_unbatched_and_empty_inputs(shape):
+    conv = nn.Conv2d(3, 4, 3).double()
+    assert_same_derivatives(conv, torch.randn(shape, **double, requires_grad=True))
+
+
+def test_memory_formats_and_views():
+    """Channels last stays channels last; strided views are as good as copies."""
+    model = (
+        nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)).double().to(memory_format=torch.channels_last)
+    )
+    x = data(n=4)[0].to(memory_format=torch.channels_last).requires_grad_()
+    with fast_double_backward():
+        y = model(x)
+    (delta,) = torch.autograd.grad(y.pow(2).sum(), x, create_graph=True)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert delta.is_contiguous(memory_format=torch.channels_last)
+    assert_same_derivatives(model, x)
+    view = torch.randn(4, 8, 8, 6, **double).permute(0, 3, 1, 2)[:, ::2]
+    assert_same_derivatives(model, view.detach().requires_grad_())
+
+
+def test_meta_tensors():
+    model, x = small_net().to("meta"), torch.empty(3, 3, 8, 8, device="meta", **double)
+    gradients = penalty_gradients(model, x, is_fast=True)
+    assert [each.shape for each in gradients] == [each.shape for each in model.parameters()]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_equals_stock_autocast(dtype):
+    """The same dtypes at every step, and values as close as half precision allows."""
+    model, x = small_net().float(), data(n=8)[0].float()
+    results = []
+    for is_fast in (True, False):
+        with torch.autocast("cpu", dtype):
+            results.append(penalty_gradients(model, x, is_fast))
+    for ours, stock in zip(*results, strict=True):
+        assert ours.dtype == stock.dtype
+    flat = [torch.cat([each.flatten() for each in result]) for result in results]
+    assert F.cosine_similarity(*flat, dim=0) > 0.999
+
+
+def test_checkpointed_layers_are_left_to_stock():
+    """They are recomputed outside of the context, so they must have run stock operations inside."""
+    model, (x, _) = small_net(), data()
+
+    class Checkpointed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, x):
+            return checkpoint(self.model, x, use_reentrant=False)
+
+    for ours, stock in zip(penalty_gradients(Checkpointed(), x, True), penalty_gradients(model, x, False), strict=True):
+        assert_close(ours, stock)
+
+
+def test_no_reference_cycles():
+    """The graph is freed with its last user, not by the garbage collector."""
+    model, (x, _) = small_net(), data()
+    gc.collect()
+    gc.disable()
+    try:
+        with fast_double_backward():
+            y = model(x.requires_grad_())
+        (delta,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+        node = weakref.ref(delta.grad_fn)
+        delta.sum().backward()
+        del y, delta
+        assert node() is None
+    finally:
+        gc.enable()
+
+
+def saved_bytes(model, x, is_fast):
+    """Bytes kept for the double backward, each storage once."""
+    storages = {}
+
+    def pack(tensor):
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    x = x.clone().requires_grad_()
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    from interpgrad import double_backward
+
+    original = double_backward._saved_tensor_hooks
+    double_backward._saved_tensor_hooks = lambda: False
+    try:
+        with hooks:
+            if is_fast:
+                with fast_double_backward():
+                    y = model(x)
+            else:
+                y = model(x)
+            torch.autograd.grad(y.pow(2).sum(), x, create_graph=True)
+    finally:
+        double_backward._saved_tensor_hooks = original
+    return sum(storages.values())
+
+
+def test_saves_no_more_than_stock():
+    model, x = small_net().train(), data(n=16)[0]
+    assert saved_bytes(model, x, is_fast=True) <= saved_bytes(model, x, is_fast=False)
+
+
+def cifar_resnet18():
+    model = torchvision.models.resnet18(num_classes=10)
+    model.conv1, model.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()
+    return model
+
+
+# 7 forward units against 3, and the first layer's data gradient, which a plain step does not need and delta does.
+COUNTED = {
+    "resnet18": (cifar_resnet18, 32),
+    "vgg11_bn": (lambda: torchvision.models.vgg11_bn(num_classes=10), 32),
+    "densenet121": (lambda: torchvision.models.densenet121(num_classes=10), 32),
+    "resnext50_32x4d": (lambda: torchvision.models.resnext50_32x4d(num_classes=10), 64),
+    "mobilenet_v2": (lambda: torchvision.models.mobilenet_v2(num_classes=10), 64),
+}
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_counted_flops_of_a_regularized_step(name):
+    build, size = COUNTED[name]
+    model, x, y = build().train(), torch.randn(2, 3, size, size), torch.tensor([1, 2])
+    reg = InterpretableGradientLoss(model)
+    with CountFlops() as plain:
+        F.cross_entropy(model(x), y).backward()
+    with CountFlops() as regularized:
+        with reg.shared_forward():
+            logits = model(x)
+        (F.cross_entropy(logits, y) + reg(x, y)).backward()
+    ratio = regularized.total / plain.total
+    print(f"{name}: {ratio:.3f}")
+    assert 7 / 3 <= ratio <= 2.40
