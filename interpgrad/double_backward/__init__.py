@@ -7,9 +7,14 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from interpgrad.double_backward import batch_norm, conv, hardsigmoid
+from interpgrad.double_backward import batch_norm, conv, hardsigmoid, rectifier
 
-_REPLACEMENTS = {**conv.REPLACEMENTS, **batch_norm.REPLACEMENTS, **hardsigmoid.REPLACEMENTS}
+_REPLACEMENTS = {
+    **conv.REPLACEMENTS,
+    **batch_norm.REPLACEMENTS,
+    **rectifier.REPLACEMENTS,
+    **hardsigmoid.REPLACEMENTS,
+}
 
 
 class fast_double_backward(TorchFunctionMode):  # noqa: N801  # type: ignore[misc]

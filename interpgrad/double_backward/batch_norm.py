@@ -137,7 +137,7 @@ class _BatchNormBackward(Function):
             of_a, of_g, of_xhat = factor * sum_g_xhat, factor * sum_a_xhat, factor * (p - 3 * q)
             of_x = of_xhat * s
             constant = -(of_a * sum_a + of_g * sum_g) / n - of_x * mean
-            dx = _combine((a, g, x), (of_a, of_g, of_x), constant)
+            dx = _combine((x, a, g), (of_x, of_a, of_g), constant)
         return dg, dx, s * (p - q) if for_weight else None, *nothing
 
 
@@ -185,19 +185,30 @@ def _mean_and_invstd(kernel: _Kernel, statistics: Any) -> tuple[Tensor, Tensor]:
 
 def _sum_of_product(a: Tensor, g: Tensor) -> Tensor:
     """sum(a g) per channel, (C,): what the native kernel calls dweight if the mean is 0 and the variance 1."""
-    zero = torch.zeros(a.shape[1], dtype=torch.promote_types(a.dtype, torch.float32), device=a.device)
+    zero, one = _zero_and_one(a)
     result: Tensor = aten.native_batch_norm_backward(
-        a, g, None, None, None, zero, zero + 1, True, 0.0, [False, True, False]
+        a, g, None, None, None, zero, one, True, 0.0, [False, True, False]
     )[1]
     return result
 
 
 def _combine(tensors: tuple[Tensor, ...], factors: tuple[Tensor, ...], constant: Tensor) -> Tensor:
-    """A constant + sum of factor * tensor, factors and constant per channel, in the layout of the last tensor."""
-    result = torch.addcmul(_channels(constant, tensors[-1]), tensors[-1], _channels(factors[-1], tensors[-1]))
-    for tensor, factor in zip(tensors[:-1], factors[:-1], strict=True):
-        result.addcmul_(tensor, _channels(factor, tensor))
-    return result.to(tensors[-1].dtype)
+    """A constant + sum of factor * tensor, factors and constant per channel, in the layout of the first tensor.
+
+    factor * tensor + constant is the native kernel's evaluation mode, at a mean of 0 and a variance of 1.
+    """
+    first, *others = tensors
+    zero, one = _zero_and_one(first)
+    factor, constant = factors[0].to(zero.dtype), constant.to(zero.dtype)
+    result: Tensor = aten.native_batch_norm(first, factor, constant, zero, one, False, 0.0, 0.0)[0]
+    for tensor, factor in zip(others, factors[1:], strict=True):
+        result.addcmul_(tensor, _channels(factor, tensor).to(tensor.dtype))
+    return result
+
+
+def _zero_and_one(like: Tensor) -> tuple[Tensor, Tensor]:
+    zero = torch.zeros(like.shape[1], dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
+    return zero, zero + 1
 
 
 def _channels(value: Tensor, x: Tensor) -> Tensor:

@@ -1,0 +1,358 @@
+"""What a regularized training step costs, against a plain one and against the usual ways to write it.
+
+    python benchmarks/overhead.py --models resnet18_cifar --size 32 --batch 32
+    python benchmarks/overhead.py --models mobilenet_v2 resnet50 --size 224 --batch 128 --device cuda --amp bf16
+
+All contenders run in one process, in turn, on the same model and images, after a check that they compute the same
+gradient. Times are medians over the repetitions, in ms, with the interquartile range; ratios are to the plain step of
+the same run. A regularized step is 7 forward units against 3, so 7/3 = 2.33 is the limit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import json
+import math
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from interpgrad import InterpretableGradientLoss, graph
+from interpgrad.errors import cos
+from interpgrad.guided import guided_backward
+
+LIMIT = 7 / 3
+LAM = 0.1
+Step = Callable[[], Tensor]
+
+
+def build(name: str, classes: int = 10) -> nn.Module:
+    """A torchvision or timm model by name; resnet18_cifar has a 3x3 stem and no pooling after it."""
+    import torchvision
+
+    if name == "resnet18_cifar":
+        model = torchvision.models.resnet18(num_classes=classes)
+        model.conv1, model.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()
+        return model
+    if name in torchvision.models.list_models():
+        return torchvision.models.get_model(name, num_classes=classes)
+    with contextlib.suppress(ImportError):
+        import timm
+
+        if timm.is_model(name):
+            return timm.create_model(name, num_classes=classes)
+    sys.exit(f"overhead: expected resnet18_cifar or a model of torchvision or timm, got {name!r}.")
+
+
+class _GuidedReLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        y = x.clamp(min=0)
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (y,) = ctx.saved_tensors
+        return gradient.clamp(min=0) * (y > 0)
+
+
+class GuidedReLU(nn.Module):
+    """What the usual implementations put in the place of nn.ReLU."""
+
+    def __init__(self, maximum: float | None = None) -> None:
+        super().__init__()
+        self.maximum = maximum
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = _GuidedReLU.apply(x)
+        return y if self.maximum is None else y.clamp(max=self.maximum)
+
+
+@contextlib.contextmanager
+def swapped_relus(model: nn.Module) -> Iterator[None]:
+    swapped = [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if isinstance(child, (nn.ReLU, nn.ReLU6))
+    ]
+    for parent, name, child in swapped:
+        setattr(parent, name, GuidedReLU(6.0 if isinstance(child, nn.ReLU6) else None))
+    try:
+        yield
+    finally:
+        for parent, name, child in swapped:
+            setattr(parent, name, child)
+
+
+def contenders(model: nn.Module, x: Tensor, y: Tensor, autocast: Callable[[], Any]) -> dict[str, Step]:
+    """The forward passes and the loss of one step each; the backward pass is the caller's."""
+    reg = InterpretableGradientLoss(model, lam=LAM)
+    lazy = InterpretableGradientLoss(model, lam=LAM, every=4)
+
+    def input_gradient(images: Tensor, logits: Tensor, create_graph: bool) -> Tensor:
+        loss = F.cross_entropy(logits, y, reduction="sum")
+        return torch.autograd.grad(loss, images, retain_graph=True, create_graph=create_graph)[0]
+
+    def plain() -> Tensor:
+        with autocast():
+            return F.cross_entropy(model(x), y)
+
+    def usual() -> Tensor:
+        with autocast():
+            images = x.clone().requires_grad_()
+            delta = input_gradient(images, model(images), create_graph=True)
+            guided_images = x.clone().requires_grad_()
+            with swapped_relus(model):
+                guided = input_gradient(guided_images, model(guided_images), create_graph=False)
+            return F.cross_entropy(model(x), y) + LAM * cos(delta.float(), guided.float()).mean()
+
+    def stock() -> Tensor:
+        with autocast():
+            images = x.clone().requires_grad_()
+            logits = model(images)
+            with guided_backward(list(graph.nodes(logits, until=images)), "relu"):
+                guided = input_gradient(images, logits, create_graph=False)
+            delta = input_gradient(images, logits, create_graph=True)
+            return F.cross_entropy(logits, y) + LAM * cos(delta.float(), guided.float()).mean()
+
+    def own_forward() -> Tensor:
+        with autocast():
+            return F.cross_entropy(model(x), y) + reg(x, y)
+
+    def shared(regularizer: InterpretableGradientLoss = reg) -> Tensor:
+        with autocast():
+            with regularizer.shared_forward():
+                logits = model(x)
+            return F.cross_entropy(logits, y) + regularizer(x, y)
+
+    return {
+        "plain step": plain,
+        "as usually written, three forwards": usual,
+        "one shared forward, stock double backward": stock,
+        "interpgrad, plain call": own_forward,
+        "interpgrad, shared forward": shared,
+        "interpgrad, shared forward, every=4": lambda: shared(lazy),
+    }
+
+
+def gradient(model: nn.Module, step: Step) -> Tensor:
+    model.zero_grad()
+    step().backward()
+    return torch.cat([p.grad.flatten().float() for p in model.parameters() if p.grad is not None])
+
+
+def wrong_gradients(model: nn.Module, steps: dict[str, Step], half: bool) -> dict[str, float]:
+    """Contenders whose penalty's gradient is not that of the shared forward, and by how much (relative norm)."""
+    plain = gradient(model, steps["plain step"])
+    expected = gradient(model, steps["interpgrad, shared forward"]) - plain
+    names = [name for name in steps if name.startswith(("as usually", "one shared", "interpgrad, plain"))]
+    off = {name: float((gradient(model, steps[name]) - plain - expected).norm() / expected.norm()) for name in names}
+    return {name: value for name, value in off.items() if not value < (0.3 if half else 0.01)}
+
+
+def peak_bytes(model: nn.Module, x: Tensor, step: Step) -> int:
+    """Peak of a whole step: parameters, buffers, images, gradients and all that lives in between."""
+    model.zero_grad()
+    static = sum(each.numel() * each.element_size() for each in [*model.parameters(), *model.buffers(), x])
+    if x.is_cuda:
+        torch.cuda.reset_peak_memory_stats()
+        base = torch.cuda.memory_allocated()
+        step().backward()
+        torch.cuda.synchronize()
+        return static + torch.cuda.max_memory_allocated() - base
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step().backward()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    allocated = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        allocated += event.nbytes()
+        peak = max(peak, allocated)
+    return static + peak
+
+
+def milliseconds(model: nn.Module, step: Step, steps: int, device: str) -> float:
+    """The mean over `steps` consecutive steps."""
+    start = time.perf_counter()
+    for _ in range(steps):
+        model.zero_grad()
+        step().backward()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return 1000 * (time.perf_counter() - start) / steps
+
+
+def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    torch.manual_seed(0)
+    layout = torch.channels_last if options.channels_last else torch.contiguous_format
+    model = build(name).train().to(options.device, memory_format=layout)
+    x = torch.randn(options.batch, 3, options.size, options.size, device=options.device).to(memory_format=layout)
+    y = torch.randint(10, (options.batch,), device=options.device)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(options.amp)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0  # the contenders must compute the same
+
+    def autocast() -> Any:
+        return torch.autocast(options.device, dtype) if dtype else contextlib.nullcontext()
+
+    steps = contenders(model, x, y, autocast)
+    wrong = wrong_gradients(model, steps, half=dtype is not None)
+    for contender in wrong:
+        del steps[contender]
+
+    times: dict[str, list[float]] = {contender: [] for contender in steps}
+    with tqdm(total=(1 + options.repeat) * len(steps), desc=name, leave=False) as progress:
+        for repetition in range(1 + options.repeat):
+            for contender, step in steps.items():
+                value = milliseconds(model, step, 4 if "every" in contender else 1, options.device)
+                if repetition:  # the first warms up
+                    times[contender].append(value)
+                progress.update()
+    rows = {}
+    for contender, step in steps.items():
+        low, median, high = statistics.quantiles(times[contender], n=4)
+        peak = peak_bytes(model, x, step if "every" not in contender else steps["interpgrad, shared forward"])
+        rows[contender] = {"ms": median, "iqr": high - low, "peak_mib": peak / 2**20}
+    plain = rows["plain step"]
+    for row in rows.values():
+        row["ratio"] = row["ms"] / plain["ms"]
+        row["of_limit"] = LIMIT / row["ratio"]
+        row["peak_ratio"] = row["peak_mib"] / plain["peak_mib"]
+        row["images_per_s"] = 1000 * options.batch / row["ms"]
+    return {
+        "model": name,
+        "size": options.size,
+        "batch": options.batch,
+        "layout": "channels_last" if options.channels_last else "contiguous",
+        "precision": options.amp or "fp32",
+        "device": options.device,
+        "rows": rows,
+        "wrong": wrong,
+    }
+
+
+def provenance(device: str) -> dict[str, Any]:
+    """Where and with what the figures were measured."""
+    import torchvision
+
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    name = torch.cuda.get_device_name() if device == "cuda" else _processor()
+    return {
+        "machine": name,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "python": platform.python_version(),
+        "commit": commit or "unknown",
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return f"{line.partition(':')[2].strip()}, CPU"
+    return platform.processor() or platform.machine()
+
+
+def table(result: dict[str, Any]) -> str:
+    """One model's rows as a Markdown table."""
+    lines = [
+        f"{result['model']}, {result['size']}², batch {result['batch']}, {result['layout']}, {result['precision']}",
+        "",
+        "| | ms | IQR | ratio | of the 7/3 limit | peak MiB | ratio | images/s |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, row in result["rows"].items():
+        limit = "" if name == "plain step" or "every" in name else f"{row['of_limit']:.0%}"
+        lines.append(
+            f"| {name} | {row['ms']:.1f} | {row['iqr']:.1f} | {row['ratio']:.2f} | {limit} "
+            f"| {row['peak_mib']:.0f} | {row['peak_ratio']:.2f} | {row['images_per_s']:.0f} |"
+        )
+    lines += [f"| {name} | wrong gradient (off by {off:.0%}) | | | | | | |" for name, off in result["wrong"].items()]
+    return "\n".join(lines)
+
+
+def plot(results: list[dict[str, Any]], path: Path) -> None:
+    """Ratios to the plain step as bars, the limit as a line."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = [
+        name for name in dict.fromkeys(name for result in results for name in result["rows"]) if name != "plain step"
+    ]
+    colours = ["#bbbbbb", "#88ccee", "#44aa99", "#117733", "#ddcc77"]  # Paul Tol's muted scheme
+    figure, axis = plt.subplots(figsize=(1.6 + 2.6 * len(results), 4), layout="constrained")
+    width = 0.8 / len(names)
+    for position, (name, colour) in enumerate(zip(names, colours, strict=False)):
+        values = [result["rows"].get(name, {"ratio": math.nan})["ratio"] for result in results]
+        places = [index + (position - (len(names) - 1) / 2) * width for index in range(len(results))]
+        bars = axis.bar(places, values, width * 0.92, label=name, color=colour)
+        axis.bar_label(bars, fmt="%.2f", fontsize=7, padding=1)
+    axis.axhline(LIMIT, color="black", linewidth=1, linestyle="--", label="limit 7/3")
+    labels = [
+        f"{each['model']}\n{each['size']}², {each['batch']}, {each['layout']}\n{each['precision']}" for each in results
+    ]
+    axis.set_xticks(range(len(results)), labels, fontsize=8)
+    axis.set_ylabel("time per step / plain step")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument(
+        "--models", nargs="+", default=["resnet18_cifar"], help="torchvision or timm names (%(default)s)"
+    )
+    parser.add_argument("--size", type=int, default=32, help="height and width of the images (%(default)s)")
+    parser.add_argument("--batch", type=int, default=32, help="(%(default)s)")
+    parser.add_argument("--repeat", type=int, default=10, help="timed repetitions, at least 2 (%(default)s)")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="(%(default)s)")
+    parser.add_argument("--amp", choices=["bf16", "fp16"], help="autocast")
+    parser.add_argument("--channels-last", action="store_true", help="memory format")
+    parser.add_argument("--json", type=Path, help="add the results to this file")
+    parser.add_argument("--plot", type=Path, help="write a bar chart of all results in the run, or in the file")
+    options = parser.parse_args()
+    if options.repeat < 2:
+        parser.error("expected --repeat of at least 2, the quartiles need them.")
+    return options
+
+
+def main() -> None:
+    options = arguments()
+    for name in options.models:
+        build(name)  # an unknown name must not surface after an hour
+    results = []
+    for name in options.models:
+        results.append(measure(name, options))
+        print(table(results[-1]), end="\n\n", flush=True)
+    if options.json:
+        earlier = json.loads(options.json.read_text())["results"] if options.json.exists() else []
+        results = earlier + results
+        options.json.write_text(json.dumps(provenance(options.device) | {"results": results}, indent=1) + "\n")
+    if options.plot:
+        plot(results, options.plot)
+
+
+if __name__ == "__main__":
+    main()
