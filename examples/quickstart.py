@@ -184,7 +184,7 @@ HEADINGS = {
     "accuracy": "accuracy",
     "cosine": "cos(δ, δᴳ)",
     "smooth": "smooth: ‖mean₃ₓ₃ δ‖/‖δ‖",
-    "on digit": "|δ| on digit",
+    "on digit": "δ on digit",
     "pointing": "pointing game",
     "cosine of the loss": "cos(δ, δᴳ) of the loss",
     "ms/step": "ms per step",
@@ -214,7 +214,8 @@ def picture(plain: Run, regularized: Run, images: Images, path: Path, rows: int 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    x, y = (part[:rows] for part in images.test)
+    shown = torch.linspace(0, len(images.test[0]) - 1, rows).long()  # over all classes of a folder
+    x, y = (part[shown] for part in images.test)
     criterion = regularized.setting.criterion
     delta_plain, _ = gradients(plain.model, x, y, criterion)
     delta, guided = gradients(regularized.model, x, y, criterion)
@@ -227,9 +228,9 @@ def picture(plain: Run, regularized: Run, images: Images, path: Path, rows: int 
         axes[row, 0].imshow(x[row].permute(1, 2, 0).clamp(0, 1))
         axes[row, 0].set_ylabel(images.classes[int(y[row])])
         for axis, (title, values) in zip(axes[row, 1:], maps.items(), strict=True):
-            shown = axis.imshow(values, cmap="coolwarm", vmin=-limit, vmax=limit)
+            image = axis.imshow(values, cmap="coolwarm", vmin=-limit, vmax=limit)
             axis.set_title(title if row == 0 else "", fontsize=10)
-        figure.colorbar(shown, ax=axes[row, 3], ticks=[-limit, 0, limit], format="%.2f", fraction=0.05)
+        figure.colorbar(image, ax=axes[row, 3], ticks=[-limit, 0, limit], format="%.2f", fraction=0.05)
     axes[0, 0].set_title("held-out image", fontsize=10)
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])

@@ -17,6 +17,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
 
 from interpgrad import InterpretableGradientLoss, fast_double_backward
+from interpgrad.double_backward.engine import Root
 
 double = {"dtype": torch.float64}
 
@@ -172,6 +173,28 @@ def test_third_derivatives_of_batch_norm(training):
     assert gradgradcheck(norm, (x, w, b))
     data_gradient = lambda x, w, b: torch.autograd.grad(norm(x, w, b).pow(3).sum(), x, create_graph=True)[0]  # noqa: E731
     assert gradgradcheck(data_gradient, (x, w, b))
+
+
+POINTWISE = {
+    "relu": F.relu,
+    "relu in place": lambda x: F.relu_(x * 1),
+    "relu6": F.relu6,
+    "hardtanh": lambda x: F.hardtanh(x, -2, 0.5),
+    "hardtanh in place": lambda x: F.hardtanh_(x * 1),
+    "hardsigmoid": F.hardsigmoid,
+    "root": Root.apply,
+}
+
+
+@pytest.mark.parametrize("name", POINTWISE)
+def test_pointwise_functions(name):
+    torch.manual_seed(0)
+    x = (4 * torch.randn(5, 7, **double)).requires_grad_()
+    function = fast(POINTWISE[name])
+    assert gradcheck(function, x)
+    assert gradgradcheck(function, x)
+    slope = lambda x: torch.autograd.grad(function(x * 1).pow(3).sum(), x, create_graph=True)[0]  # noqa: E731
+    assert gradgradcheck(slope, x)
 
 
 MODULES = {

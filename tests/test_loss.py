@@ -108,11 +108,12 @@ def test_gradient_equals_finite_differences():
     assert float((values[0] - values[1]) / (2 * step)) == pytest.approx(float(slope), rel=1e-5)
 
 
-def test_penalty_of_a_batch_is_the_mean_of_its_samples():
-    model, (x, y) = small_net().eval(), data(n=5)
-    reg = InterpretableGradientLoss(model, lam=2.0)
-    alone = [reg(x[i : i + 1], y[i : i + 1]) for i in range(5)]
-    torch.testing.assert_close(reg(x, y), torch.stack(alone).mean(), rtol=1e-9, atol=0)
+@given(st.integers(1, 5), st.integers(0, 1000), st.sampled_from(ERRORS))
+def test_penalty_of_a_batch_is_the_mean_of_its_samples(n, seed, error):
+    model, (x, y) = small_net().eval(), data(n=n, seed=seed)
+    reg = InterpretableGradientLoss(model, error, lam=2.0)
+    alone = [reg(x[i : i + 1], y[i : i + 1]) for i in range(n)]
+    torch.testing.assert_close(reg(x, y), torch.stack(alone).mean(), rtol=1e-9, atol=1e-12)
 
 
 @given(st.permutations(range(5)), st.sampled_from(ERRORS))

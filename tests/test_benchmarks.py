@@ -1,0 +1,72 @@
+"""The benchmark runs and says what it measured; the README says what is stored."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+pytest.importorskip("torchvision")
+pytest.importorskip("tqdm")
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import overhead  # noqa: E402
+import tables  # noqa: E402
+
+
+@pytest.mark.parametrize("file", sorted({file for file, _ in tables.TABLES}))
+def test_tables_are_the_stored_results(file):
+    assert (ROOT / file).read_text() == tables.rendered(file), "run python benchmarks/tables.py"
+
+
+def run(*arguments, cwd):
+    command = [sys.executable, str(ROOT / "benchmarks" / "overhead.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=300)
+
+
+def test_a_tiny_run(tmp_path):
+    options = ["--batch", 2, "--repeat", 2, "--size", 32, "--channels-last", "--json", "o.json", "--plot", "o.png"]
+    result = run("--models", "squeezenet1_1", "mobilenet_v2", *options, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    stored = json.loads((tmp_path / "o.json").read_text())
+    assert {"machine", "threads", "torch", "commit", "date"} <= stored.keys()
+    for each in stored["results"]:
+        assert not each["wrong"]
+        assert each["rows"]["plain step"]["ratio"] == 1
+        for row in each["rows"].values():
+            assert row["ms"] > 0
+            assert row["peak_mib"] > 0
+            assert row["of_limit"] == pytest.approx(7 / 3 / row["ratio"])
+    assert (tmp_path / "o.png").stat().st_size > 10_000
+
+
+def test_contenders_with_a_wrong_gradient_are_not_timed(tmp_path):
+    """DenseNet calls F.relu: replacing modules misses it."""
+    result = run("--models", "densenet121", "--batch", 8, "--repeat", 2, "--json", "o.json", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    (each,) = json.loads((tmp_path / "o.json").read_text())["results"]
+    assert list(each["wrong"]) == ["as usually written, three forwards"]
+    assert "wrong gradient" in result.stdout
+
+
+def test_unknown_model(tmp_path):
+    result = run("--models", "nonesuch", cwd=tmp_path)
+    assert result.returncode != 0
+    assert "expected resnet18_cifar or a model of torchvision or timm, got 'nonesuch'" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_the_peak_is_that_of_the_step():
+    """A step that holds one more tensor of known size."""
+    import torch
+
+    model, x = torch.nn.Linear(8, 8), torch.randn(4, 8)
+
+    def step(extra=0):
+        held = torch.empty(extra, dtype=torch.uint8)
+        return model(x).sum() + 0 * held.numel()
+
+    difference = overhead.peak_bytes(model, x, lambda: step(2**20)) - overhead.peak_bytes(model, x, step)
+    assert 0.9 * 2**20 < difference < 1.1 * 2**20
