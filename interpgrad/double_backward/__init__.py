@@ -42,7 +42,8 @@ class fast_double_backward(TorchFunctionMode):  # noqa: N801  # type: ignore[mis
 def _saved_tensor_hooks() -> bool:
     """Whether saved tensors are intercepted here, as by (non-reentrant) checkpointing.
 
-    It recomputes outside of any mode, with stock operations, so the forward pass must have used them too.
+    It recomputes outside of any mode, with stock operations, so the forward pass must have used them too. Releases
+    before 2.8 cannot tell; there torch raises its CheckpointError.
     """
     top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # torch >= 2.8
     return top is not None and top(False) is not None
