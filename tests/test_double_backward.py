@@ -347,6 +347,11 @@ def test_errors_of_stock_are_kept():
             nn.BatchNorm1d(3).double()(torch.randn(1, 3, **double, requires_grad=True))
         with pytest.raises(RuntimeError, match="channels"):
             nn.Conv2d(5, 4, 3).double()(x)
+        weight = torch.randn(4, 3, 3, 3, **double, requires_grad=True)
+        with pytest.raises(RuntimeError, match="not supported for strided"):
+            F.conv2d(x, weight, stride=2, padding="same")
+        with pytest.raises(RuntimeError, match="Invalid padding string"):
+            F.conv2d(x, weight, padding="some")
 
 
 @pytest.mark.parametrize("shape", [(3, 8, 8), (0, 3, 8, 8)], ids=["no batch dimension", "empty batch"])

@@ -111,14 +111,15 @@ def _replace(dims: int, transposed: bool) -> Any:
         dilation: int | Sequence[int] = 1,
         groups: int = 1,
     ) -> Any:
-        if padding == "same":
+        if padding == "same" and set(sizes(stride)) == {1}:
             total = [d * (k - 1) for d, k in zip(sizes(dilation), weight.shape[2:], strict=True)]
             if any(each % 2 for each in total):  # the odd pixel goes to the end, as in stock
                 input = F.pad(input, [side for each in reversed(total) for side in (0, each % 2)])
             padding = [each // 2 for each in total]
         elif padding == "valid":
             padding = 0
-        assert not isinstance(padding, str)
+        if isinstance(padding, str):  # a name or a stride that stock refuses
+            return NotImplemented
         geometry = (sizes(stride), sizes(padding), sizes(dilation), False, [0] * dims, groups)
         return _convolution(input, weight, bias, geometry)
 
