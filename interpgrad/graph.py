@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,6 +20,9 @@ _OPAQUE = {
     "CheckpointFunction": "reentrant activation checkpointing does not support torch.autograd.grad; "
     "use torch.utils.checkpoint.checkpoint(..., use_reentrant=False)",
 }
+
+
+_ONCE_DIFFERENTIABLE = once_differentiable(lambda *_: None).__code__
 
 
 class OpaqueGraphError(RuntimeError):
@@ -40,7 +44,12 @@ def nodes(output: Tensor, until: Tensor) -> Iterator[Node]:
 
 def op_name(node: Node) -> str:
     """The operation a node differentiates: "Relu" for ReluBackward0, in every release's spelling."""
-    return node.name().rpartition("::")[2].rstrip("0123456789").removesuffix("Backward")
+    return _operation(node.name())
+
+
+@functools.cache  # a graph has thousands of nodes of a dozen kinds
+def _operation(name: str) -> str:
+    return name.rpartition("::")[2].rstrip("0123456789").removesuffix("Backward")
 
 
 def refuse_opaque(recorded: list[Node]) -> None:
@@ -63,7 +72,7 @@ def refuse_once_differentiable(recorded: list[Node]) -> None:
         function: Any = getattr(node, "_forward_cls", None)
         backward = getattr(function, "backward", None)
         while backward is not None:  # through all decorators
-            if getattr(backward, "__code__", None) is once_differentiable(lambda *_: None).__code__:
+            if getattr(backward, "__code__", None) is _ONCE_DIFFERENTIABLE:
                 _refuse_double_backward(function.__name__, "it is marked @once_differentiable")
             backward = getattr(backward, "__wrapped__", None)
         if op_name(node) == "WarnNotImplemented":

@@ -1,6 +1,7 @@
 """Convolution and batch norm under fast_double_backward against stock autograd, in double precision."""
 
 import gc
+import math
 import threading
 import weakref
 
@@ -143,6 +144,43 @@ def test_batch_norms(problem):
     assert_same_derivatives(function, *tensors)
 
 
+@st.composite
+def row_norms(draw):
+    """A layer norm or a group norm: the function, x, weight, bias."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
+    tensor = lambda *size: torch.randn(*size, generator=generator, **double)  # noqa: E731
+    dims = draw(st.integers(0, 3))
+    shape = (draw(st.integers(1, 3)), draw(st.integers(1, 3)), *(draw(st.integers(1, 4)) for _ in range(dims)))
+    if draw(st.booleans()):
+        rows = shape[draw(st.integers(1, len(shape) - 1)) :]
+        parameters, function = rows, lambda x, w, b: F.layer_norm(x, rows, w, b, eps=1e-3)
+    else:
+        groups = draw(st.integers(1, 3))
+        shape = (shape[0], groups * shape[1], *shape[2:])
+        assume(math.prod(shape) > shape[0] * groups)
+        parameters, function = shape[1:2], lambda x, w, b: F.group_norm(x, groups, w, b, eps=1e-3)
+    x = tensor(*shape)
+    if draw(st.booleans()):
+        x = x.transpose(-1, -2).contiguous().transpose(-1, -2)
+    if len(shape) == 4 and draw(st.booleans()):
+        x = x.contiguous(memory_format=torch.channels_last)
+    weight = tensor(*parameters) if draw(st.booleans()) else None
+    # stock's double backward of a layer norm with a bias and no weight raises
+    bias = tensor(*parameters) if weight is not None and draw(st.booleans()) else None
+    x.requires_grad_()
+    for each in (weight, bias):
+        if each is not None:
+            each.requires_grad_(draw(st.booleans()))
+    return function, x, weight, bias
+
+
+@settings(max_examples=300)
+@given(row_norms())
+def test_row_norms(problem):
+    function, *tensors = problem
+    assert_same_derivatives(function, *tensors)
+
+
 def fast(function):
     def inside(*tensors):
         with fast_double_backward():
@@ -173,6 +211,23 @@ def test_third_derivatives_of_batch_norm(training):
     assert gradcheck(norm, (x, w, b))
     assert gradgradcheck(norm, (x, w, b))
     data_gradient = lambda x, w, b: torch.autograd.grad(norm(x, w, b).pow(3).sum(), x, create_graph=True)[0]  # noqa: E731
+    assert gradgradcheck(data_gradient, (x, w, b))
+
+
+@pytest.mark.parametrize("norm", ["layer", "group"])
+def test_third_derivatives_of_row_norms(norm):
+    torch.manual_seed(0)
+    x = torch.randn(2, 4, 3, **double, requires_grad=True)
+    shape = (4, 3) if norm == "layer" else (4,)
+    w, b = torch.randn(shape, **double, requires_grad=True), torch.randn(shape, **double, requires_grad=True)
+    stock = (
+        (lambda x, w, b: F.layer_norm(x, shape, w, b)) if norm == "layer" else lambda x, w, b: F.group_norm(x, 2, w, b)
+    )
+    ours = fast(stock)
+    assert gradcheck(ours, (x, w, b))
+    assert gradgradcheck(lambda x, b: ours(x, None, b), (x, b))  # of layer norms, stock raises here
+    assert gradgradcheck(ours, (x, w, b))
+    data_gradient = lambda x, w, b: torch.autograd.grad(ours(x, w, b).pow(3).sum(), x, create_graph=True)[0]  # noqa: E731
     assert gradgradcheck(data_gradient, (x, w, b))
 
 
@@ -244,6 +299,27 @@ def test_hardsigmoid(inplace):
     assert torch.equal(*first)
 
 
+class RowNorms(nn.Module):
+    """A group norm and a layer norm."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.conv, self.group, self.layer = nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.LayerNorm(8)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x):
+        h = self.group(self.conv(x)).relu()
+        return self.head(self.layer(h.flatten(2).transpose(1, 2)).mean(1))
+
+
+def row_norm_net():
+    return RowNorms().double()
+
+
+NETS = pytest.mark.parametrize("net", [small_net, row_norm_net])
+
+
 def penalty_gradients(model, x, is_fast, repeat=1):
     """Parameter gradients of a gradient penalty, of the loss beside it, several backward passes over one graph."""
     x = x.clone().requires_grad_()
@@ -272,9 +348,21 @@ class Twice(nn.Module):
         return self.conv(F.relu(h)) + h + h.sigmoid()
 
 
-@pytest.mark.parametrize("frozen", [(), ("0.weight",), ("1.weight", "1.bias"), ("0.weight", "0.bias", "4.weight")])
-def test_frozen_parameters(frozen):
-    model, (x, _) = small_net(), data()
+FROZEN = [
+    (small_net, ()),
+    (small_net, ("0.weight",)),
+    (small_net, ("1.weight", "1.bias")),
+    (small_net, ("0.weight", "0.bias", "4.weight")),
+    (row_norm_net, ()),
+    (row_norm_net, ("conv.weight",)),
+    (row_norm_net, ("group.weight", "layer.bias")),
+    (row_norm_net, ("layer.weight", "group.weight")),
+]
+
+
+@pytest.mark.parametrize(("net", "frozen"), FROZEN)
+def test_frozen_parameters(net, frozen):
+    model, (x, _) = net(), data()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name not in frozen)
     for ours, stock in zip(penalty_gradients(model, x, True), penalty_gradients(model, x, False), strict=True):
@@ -288,8 +376,9 @@ def test_tied_weights_outputs_used_twice_and_retained_graphs(repeat):
         assert_close(ours, stock)
 
 
-def test_first_derivatives_are_bit_for_bit_those_of_stock():
-    model, (x, y) = small_net().float(), data()
+@NETS
+def test_first_derivatives_are_bit_for_bit_those_of_stock(net):
+    model, (x, y) = net().float(), data()
     results = []
     for is_fast in (False, True):
         model.zero_grad()
@@ -345,6 +434,12 @@ def test_errors_of_stock_are_kept():
     with fast_double_backward():
         with pytest.raises(ValueError, match="more than 1 value per channel"):
             nn.BatchNorm1d(3).double()(torch.randn(1, 3, **double, requires_grad=True))
+        with pytest.raises(RuntimeError, match="normalized_shape"):
+            F.layer_norm(x, (3, 3))
+        with pytest.raises(RuntimeError, match="divisible"):
+            F.group_norm(x, 2)
+        with pytest.raises(ValueError, match="more than 1 value per channel"):
+            F.group_norm(x[:1, :, :1, :1], 3)
         with pytest.raises(RuntimeError, match="channels"):
             nn.Conv2d(5, 4, 3).double()(x)
         weight = torch.randn(4, 3, 3, 3, **double, requires_grad=True)
@@ -376,42 +471,48 @@ def test_memory_formats_and_views():
     assert_same_derivatives(model, view.detach().requires_grad_())
 
 
-def test_meta_tensors():
-    model, x = small_net().to("meta"), torch.empty(3, 3, 8, 8, device="meta", **double)
+@NETS
+def test_meta_tensors(net):
+    model, x = net().to("meta"), torch.empty(3, 3, 8, 8, device="meta", **double)
     gradients = penalty_gradients(model, x, is_fast=True)
     assert [each.shape for each in gradients] == [each.shape for each in model.parameters()]
 
 
-def test_fake_tensors():
-    model = small_net()
+@NETS
+def test_fake_tensors(net):
+    model = net()
     with FakeTensorMode(allow_non_fake_inputs=True):
         gradients = penalty_gradients(model, torch.empty(3, 3, 8, 8, **double), is_fast=True)
         assert [each.shape for each in gradients] == [each.shape for each in model.parameters()]
 
 
+@NETS
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_equals_stock_autocast(dtype):
+def test_autocast_equals_stock_autocast(dtype, net):
     """The same dtypes at every step, and values as close as half precision allows."""
-    model, x = small_net().float(), data(n=8)[0].float()
+    model, x = net().float(), data(n=8)[0].float()
     results = []
     for is_fast in (True, False):
         with torch.autocast("cpu", dtype):
             results.append(penalty_gradients(model, x, is_fast))
     for ours, stock in zip(*results, strict=True):
         assert ours.dtype == stock.dtype
-    flat = [torch.cat([each.flatten() for each in result]) for result in results]
-    assert F.cosine_similarity(*flat, dim=0) > 0.999
+    ours, stock = (torch.cat([each.flatten() for each in result]) for result in results)
+    if not stock.isfinite().all():  # stock's second derivative of layer norm overflows in float16
+        stock = torch.cat([each.flatten() for each in penalty_gradients(model, x, False)])
+    assert F.cosine_similarity(ours, stock, dim=0) > 0.999
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("training", [True, False])
-def test_models_in_half_precision(dtype, training):
-    model, x = small_net().to(dtype).train(training), data(n=8)[0].to(dtype)
-    exact = torch.cat([each.flatten() for each in penalty_gradients(small_net().train(training), x.double(), False)])
+@pytest.mark.parametrize(("net", "training"), [(small_net, True), (small_net, False), (row_norm_net, True)])
+def test_models_in_half_precision(dtype, net, training):
+    model, x = net().to(dtype).train(training), data(n=8)[0].to(dtype)
+    exact = torch.cat([each.flatten() for each in penalty_gradients(net().train(training), x.double(), False)])
     ours = torch.cat([each.flatten() for each in penalty_gradients(model, x, True)]).double()
     stock = torch.cat([each.flatten() for each in penalty_gradients(model, x, False)]).double()
     error = lambda value: float((value - exact).norm() / exact.norm())  # noqa: E731
-    assert error(ours) < 1.5 * error(stock)
+    # stock's second derivative of layer norm overflows in float16
+    assert error(ours) < (1.5 * error(stock) if stock.isfinite().all() else 0.02)
 
 
 def test_checkpointed_layers_are_left_to_stock():
@@ -474,8 +575,9 @@ def saved_bytes(model, x, is_fast):
     return sum(storages.values())
 
 
-def test_saves_no_more_than_stock():
-    model, x = small_net().train(), data(n=16)[0]
+@NETS
+def test_saves_no_more_than_stock(net):
+    model, x = net().train(), data(n=16)[0]
     assert saved_bytes(model, x, is_fast=True) <= saved_bytes(model, x, is_fast=False)
 
 

@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from interpgrad.double_backward import batch_norm, conv, hardsigmoid, rectifier
+from interpgrad.double_backward import batch_norm, conv, hardsigmoid, rectifier, row_norm
 
 _REPLACEMENTS = {
     **conv.REPLACEMENTS,
     **batch_norm.REPLACEMENTS,
+    **row_norm.REPLACEMENTS,
     **rectifier.REPLACEMENTS,
     **hardsigmoid.REPLACEMENTS,
 }

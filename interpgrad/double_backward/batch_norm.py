@@ -16,6 +16,8 @@ Shapes: x, g, a (N, C, *spatial); everything per channel (C,).
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -23,12 +25,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from interpgrad.double_backward.engine import tensors_of, wanted
+from interpgrad.double_backward.engine import stock_gradients, tensors_of, wanted
 
 aten = torch.ops.aten
 
 
-class _Kernel(NamedTuple):
+Statistics = tuple["Tensor | None", ...]  # mean and 1 / sigma of the batch, running mean and variance
+Gradients = tuple["Tensor | None", "Tensor | None", "Tensor | None"]
+
+
+class Kernel(NamedTuple):
     """One forward pass of the native kernel, to run its backward with."""
 
     training: bool
@@ -37,8 +43,9 @@ class _Kernel(NamedTuple):
     reserve: Tensor
 
     def backward(
-        self, g: Tensor, x: Tensor, weight: Tensor | None, statistics: _Statistics, mask: list[bool]
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        self, g: Tensor, x: Tensor, weight: Tensor | None, statistics: Statistics, mask: Sequence[bool]
+    ) -> Gradients:
+        """(dx, dweight, dbias), where the mask is true."""
         mean, invstd, running_mean, running_var = statistics
         dx, dweight, dbias = aten._batch_norm_impl_index_backward(
             self.implementation,
@@ -55,9 +62,6 @@ class _Kernel(NamedTuple):
             self.reserve,
         )
         return dx, dweight, dbias
-
-
-_Statistics = tuple[Tensor, Tensor, "Tensor | None", "Tensor | None"]
 
 
 class _BatchNorm(Function):
@@ -78,7 +82,7 @@ class _BatchNorm(Function):
         y, mean, invstd, reserve, index = aten._batch_norm_impl_index(
             x, weight, bias, running_mean, running_var, training, momentum, eps, torch.backends.cudnn.enabled
         )
-        ctx.kernel = _Kernel(training, eps, index, reserve)
+        ctx.kernel = Kernel(training, eps, index, reserve)
         ctx.tensors = tensors_of(x, weight, bias)
         running = (None, None) if training else (running_mean, running_var)
         ctx.save_for_backward(x, weight, mean, invstd, *running)
@@ -101,7 +105,7 @@ class _BatchNormBackward(Function):
     """(dx, dweight, dbias) of the backward pass, where it is to be differentiated again."""
 
     @staticmethod
-    def forward(ctx: Any, g: Tensor, x: Tensor, weight: Tensor | None, kernel: _Kernel, *statistics: Any) -> Any:
+    def forward(ctx: Any, g: Tensor, x: Tensor, weight: Tensor | None, kernel: Kernel, *statistics: Any) -> Any:
         dx, dweight, dbias = kernel.backward(g, x, weight, statistics, [True, True, True])
         ctx.kernel = kernel
         ctx.tensors = tensors_of(g, x, weight)
@@ -111,38 +115,61 @@ class _BatchNormBackward(Function):
 
     @staticmethod
     def backward(ctx: Any, a: Tensor | None, aweight: Tensor | None, abias: Tensor | None) -> Any:
-        g, x, weight, sum_g_xhat, sum_g, *statistics = ctx.saved_tensors
+        g, x, weight, *sums, mean, invstd, running_mean, running_var = ctx.saved_tensors
         kernel, nothing = ctx.kernel, [None] * 5
         if torch.is_grad_enabled() or aweight is not None or abias is not None:
-            return *_stock((g, x, weight), kernel, statistics[2:], (a, aweight, abias)), *nothing
+            found = functools.partial(formula, kernel=kernel, running=(running_mean, running_var))
+            return *stock_gradients(found, (g, x, weight), (a, aweight, abias)), *nothing
         if a is None:
             return None, None, None, *nothing
-
-        for_g, for_x, for_weight = wanted(ctx, ctx.tensors)
-        dg, sum_a_xhat, sum_a = kernel.backward(a, x, weight, statistics, [for_g, True, True])
-        if not (for_weight or (for_x and kernel.training)):
-            return dg, None, None, *nothing
-
-        mean, s = _mean_and_invstd(kernel, statistics)
-        n = x.numel() // x.shape[1]
-        sum_ag = _sum_of_product(a, g)
-        if not kernel.training:
-            return dg, None, s * sum_ag if for_weight else None, *nothing
-
-        p = sum_ag - sum_a * sum_g / n
-        q = sum_a_xhat * sum_g_xhat / n
-        dx = None
-        if for_x:
-            factor = -s * s / n if weight is None else -weight * s * s / n
-            of_a, of_g, of_xhat = factor * sum_g_xhat, factor * sum_a_xhat, factor * (p - 3 * q)
-            of_x = of_xhat * s
-            constant = -(of_a * sum_a + of_g * sum_g) / n - of_x * mean
-            dx = _combine((x, a, g), (of_x, of_a, of_g), constant)
-        return dg, dx, s * (p - q) if for_weight else None, *nothing
+        statistics = mean, invstd, running_mean, running_var
+        return *double_backward(kernel, a, g, x, weight, statistics, sums, wanted(ctx, ctx.tensors)), *nothing
 
 
-def _formula(
-    g: Tensor, x: Tensor, weight: Tensor | None, kernel: _Kernel, running: list[Tensor]
+def double_backward(
+    kernel: Kernel,
+    a: Tensor,
+    g: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    statistics: Statistics,
+    sums_of_g: Sequence[Tensor | None],
+    mask: Sequence[bool],
+) -> Gradients:
+    """Gradients for (g, x, weight) where a is the gradient for dx; sums_of_g are sum(g xhat) and sum(g)."""
+    for_g, for_x, for_weight = mask
+    dg, *sums_of_a = kernel.backward(a, x, weight, statistics, [for_g, True, True])
+    if not (for_weight or (for_x and kernel.training)):
+        return dg, None, None
+
+    zero = torch.zeros(x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+    one = torch.ones_like(zero)
+    # What the native kernel calls dweight, if the mean is 0 and the variance 1.
+    sum_ag = aten.native_batch_norm_backward(a, g, None, None, None, zero, one, True, 0.0, [False, True, False])[1]
+    mean, invstd, _, running_var = statistics
+    if not kernel.training:
+        assert running_var is not None
+        return dg, None, sum_ag * (running_var + kernel.eps).rsqrt()
+
+    n = x.numel() // x.shape[1]
+    small: Any = (*sums_of_a, *sums_of_g, mean, invstd)  # in half precision where the parameters are
+    sum_a_xhat, sum_a, sum_g_xhat, sum_g, mean, invstd = (each.to(zero.dtype) for each in small)
+    p, q = torch.addcmul(sum_ag, sum_a, sum_g, value=-1 / n), sum_a_xhat * sum_g_xhat
+    dx = None
+    if for_x:
+        factor = invstd.square() / -n if weight is None else weight * invstd.square() / -n
+        of_a, of_g = factor * sum_g_xhat, factor * sum_a_xhat
+        of_x = factor * invstd * torch.add(p, q, alpha=-3 / n)
+        constant = ((of_a * sum_a).addcmul_(of_g, sum_g) / -n).addcmul_(of_x, mean, value=-1)
+        # of_x x + constant is the native kernel's evaluation mode, at a mean of 0 and a variance of 1.
+        dx = aten.native_batch_norm(x, of_x, constant, zero, one, False, 0.0, 0.0)[0]
+        for tensor, of_tensor in ((a, of_a), (g, of_g)):
+            dx.addcmul_(tensor, _channels(of_tensor, tensor).to(tensor.dtype))
+    return dg, dx, invstd * torch.add(p, q, alpha=-1 / n) if for_weight else None
+
+
+def formula(
+    g: Tensor, x: Tensor, weight: Tensor | None, kernel: Kernel, running: Sequence[Any]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, dweight, dbias) as printed above, in differentiable operations."""
     dims, n = [0, *range(2, x.dim())], x.numel() // x.shape[1]
@@ -153,62 +180,6 @@ def _formula(
     dweight, dbias = (g * xhat).sum(dims), g.sum(dims)
     centred = g - (_channels(dbias, x) + xhat * _channels(dweight, x)) / n if kernel.training else g
     return _channels(s if weight is None else weight * s, x) * centred, dweight, dbias
-
-
-def _stock(inputs: Any, kernel: _Kernel, running: list[Tensor], outer: Any) -> list[Tensor | None]:
-    """Gradients for (g, x, weight) by stock autograd: of the third order, or where dweight and dbias are used too."""
-    create_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
-        # Aliases: g may itself be a function of x, and that path is not this node's to differentiate.
-        g, x, weight = inputs = tuple(None if each is None else each.view_as(each) for each in inputs)
-        outputs = _formula(g, x, weight, kernel, running)
-    used = [(out, a) for out, a in zip(outputs, outer, strict=True) if a is not None and out.requires_grad]
-    differentiable = [each for each in inputs if each is not None and each.requires_grad]
-    if not used or not differentiable:
-        return [None] * 3
-    found = iter(
-        torch.autograd.grad(
-            [out for out, _ in used],
-            differentiable,
-            [a.to(out.dtype) for out, a in used],
-            create_graph=create_graph,
-            allow_unused=True,
-        )
-    )
-    return [next(found) if each is not None and each.requires_grad else None for each in inputs]
-
-
-def _mean_and_invstd(kernel: _Kernel, statistics: Any) -> tuple[Tensor, Tensor]:
-    mean, invstd, running_mean, running_var = statistics
-    return (mean, invstd) if kernel.training else (running_mean, (running_var + kernel.eps).rsqrt())
-
-
-def _sum_of_product(a: Tensor, g: Tensor) -> Tensor:
-    """sum(a g) per channel, (C,): what the native kernel calls dweight if the mean is 0 and the variance 1."""
-    zero, one = _zero_and_one(a)
-    result: Tensor = aten.native_batch_norm_backward(
-        a, g, None, None, None, zero, one, True, 0.0, [False, True, False]
-    )[1]
-    return result
-
-
-def _combine(tensors: tuple[Tensor, ...], factors: tuple[Tensor, ...], constant: Tensor) -> Tensor:
-    """A constant + sum of factor * tensor, factors and constant per channel, in the layout of the first tensor.
-
-    factor * tensor + constant is the native kernel's evaluation mode, at a mean of 0 and a variance of 1.
-    """
-    first, *others = tensors
-    zero, one = _zero_and_one(first)
-    factor, constant = factors[0].to(zero.dtype), constant.to(zero.dtype)
-    result: Tensor = aten.native_batch_norm(first, factor, constant, zero, one, False, 0.0, 0.0)[0]
-    for tensor, factor in zip(others, factors[1:], strict=True):
-        result.addcmul_(tensor, _channels(factor, tensor).to(tensor.dtype))
-    return result
-
-
-def _zero_and_one(like: Tensor) -> tuple[Tensor, Tensor]:
-    zero = torch.zeros(like.shape[1], dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
-    return zero, zero + 1
 
 
 def _channels(value: Tensor, x: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -33,6 +34,31 @@ def _will_run(node: Any) -> bool:
         return bool(torch._C._will_engine_execute_node(node))
     except RuntimeError:  # a leaf that torch.autograd.grad was asked for: it does not run, it is collected
         return True
+
+
+def stock_gradients(
+    formula: Callable[..., Sequence[Tensor | None]], inputs: Sequence[Tensor | None], outer: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """Gradients for the inputs of a formula, by stock autograd: what a Function does not differentiate itself.
+
+    Args:
+        formula: of the inputs, in differentiable operations.
+        inputs: tensors or None.
+        outer: the gradients for what the formula returns, or None.
+    """
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Aliases: one input may be a function of another, and that path is not this node's to differentiate.
+        aliases = [None if each is None else each.view_as(each) for each in inputs]
+        outputs = formula(*aliases)
+    pairs = zip(outputs, outer, strict=True)
+    used = [(out, a.to(out.dtype)) for out, a in pairs if out is not None and a is not None and out.requires_grad]
+    differentiable = [each for each in aliases if each is not None and each.requires_grad]
+    if not used or not differentiable:
+        return [None] * len(aliases)
+    outputs, gradients = zip(*used, strict=True)
+    found = iter(torch.autograd.grad(outputs, differentiable, gradients, create_graph=create_graph, allow_unused=True))
+    return [next(found) if each is not None and each.requires_grad else None for each in aliases]
 
 
 class Root(Function):

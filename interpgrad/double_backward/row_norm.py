@@ -1,0 +1,199 @@
+"""Layer norm and group norm, whose double backward is batch norm's.
+
+Both normalize rows. x as (1, R, D) has R rows of D values, one row per position (layer norm) or per sample and group
+(group norm), and what batch norm does to channels happens to them. The weight multiplies outside of the rows:
+
+    y = weight xhat + bias,    dx = T(weight g),    dweight = sum(g xhat),    dbias = sum(g)
+
+with T, batch norm's backward pass without a weight: linear and self-adjoint for fixed x. So for an incoming a
+(the gradient for dx) the gradient for g is weight T(a), for weight sum(g T(a)), and for x batch norm's at weight g.
+
+Shapes: x, g, a as the user's; mean and invstd have R values.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+
+from interpgrad.autocast import autocast_dtype
+from interpgrad.double_backward import batch_norm
+from interpgrad.double_backward.batch_norm import Gradients
+from interpgrad.double_backward.engine import stock_gradients, tensors_of, wanted
+
+aten = torch.ops.aten
+
+
+class _Layer(NamedTuple):
+    """Rows are the last dimensions, which have this shape."""
+
+    shape: Sequence[int]
+    eps: float
+
+    def forward(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        y, mean, invstd = aten.native_layer_norm(x, self.shape, weight, bias, self.eps)
+        return y, mean, invstd
+
+    def backward(self, g: Tensor, x: Tensor, saved: Sequence[Any], mask: Sequence[bool]) -> Gradients:
+        weight, bias, mean, invstd = saved
+        dx, dweight, dbias = aten.native_layer_norm_backward(g, x, self.shape, mean, invstd, weight, bias, mask)
+        return dx, dweight, dbias
+
+    def weighted(self, g: Tensor, weight: Tensor | None) -> Tensor:
+        return g if weight is None else g * weight
+
+    def sum(self, g: Tensor) -> Tensor:
+        """Over what shares a weight."""
+        return g.reshape(-1, *self.shape).sum(0)
+
+
+class _Group(NamedTuple):
+    """Rows are the channels of one of so many groups."""
+
+    groups: int
+    eps: float
+
+    def forward(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        y, mean, invstd = aten.native_group_norm(x, weight, bias, *self._sizes(x), self.eps)
+        return y, mean, invstd
+
+    def backward(self, g: Tensor, x: Tensor, saved: Sequence[Any], mask: Sequence[bool]) -> Gradients:
+        weight, _, mean, invstd = saved
+        g = g.contiguous(memory_format=_memory_format(x))
+        dx, dweight, dbias = aten.native_group_norm_backward(g, x, mean, invstd, weight, *self._sizes(x), mask)
+        return dx, dweight, dbias
+
+    def weighted(self, g: Tensor, weight: Tensor | None) -> Tensor:
+        return g if weight is None else g * weight.view(-1, *[1] * (g.dim() - 2))
+
+    def sum(self, g: Tensor) -> Tensor:
+        """Over what shares a weight."""
+        return g.sum([0, *range(2, g.dim())])
+
+    def _sizes(self, x: Tensor) -> tuple[int, int, int, int]:
+        samples, channels = x.shape[:2]
+        return samples, channels, x.numel() // (samples * channels), self.groups
+
+
+class _RowNorm(Function):
+    """y = weight xhat + bias."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, norm: _Layer | _Group) -> Tensor:
+        y, mean, invstd = norm.forward(x, weight, bias)
+        ctx.norm = norm
+        ctx.tensors = tensors_of(x, weight, bias)
+        ctx.save_for_backward(x, weight, bias, mean, invstd)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, *saved = ctx.saved_tensors
+        mask = wanted(ctx, ctx.tensors)
+        if torch.is_grad_enabled():
+            return *_RowNormBackward.apply(g, x, *saved, ctx.norm, mask), None
+        return *ctx.norm.backward(g, x, saved, mask), None
+
+
+class _RowNormBackward(Function):
+    """(dx, dweight, dbias) of the backward pass, where it is to be differentiated again."""
+
+    @staticmethod
+    def forward(ctx: Any, g: Tensor, x: Tensor, weight: Tensor | None, *others: Any) -> Gradients:
+        bias, mean, invstd, norm, mask = others
+        ctx.norm = norm
+        ctx.tensors = tensors_of(g, x, weight)
+        ctx.save_for_backward(g, x, weight, mean, invstd)
+        ctx.set_materialize_grads(False)
+        gradients: Gradients = norm.backward(g, x, (weight, bias, mean, invstd), mask)
+        return gradients
+
+    @staticmethod
+    def backward(ctx: Any, a: Tensor | None, aweight: Tensor | None, abias: Tensor | None) -> Any:
+        g, x, weight, mean, invstd = ctx.saved_tensors
+        nothing = [None] * 5
+        if torch.is_grad_enabled() or aweight is not None or abias is not None:
+            formula = functools.partial(_formula, norm=ctx.norm, rows=mean.numel())
+            return *stock_gradients(formula, (g, x, weight), (a, aweight, abias)), *nothing
+        if a is None:
+            return None, None, None, *nothing
+
+        for_g, for_x, for_weight = wanted(ctx, ctx.tensors)
+        weighted, h = ctx.norm.weighted, ctx.norm.weighted(g, weight)
+        a, h, x_rows = (_as_rows(each.to(x.dtype), mean.numel()) for each in (a, h, x))
+        kernel, statistics = _row_kernel(x, ctx.norm), (_at_least_single(mean), _at_least_single(invstd), None, None)
+        _, *sums = kernel.backward(h, x_rows, None, statistics, [False, True, True])
+        mask = [for_g or for_weight, for_x, False]
+        t, dx, _ = batch_norm.double_backward(kernel, a, h, x_rows, None, statistics, sums, mask)
+        t, dx = (None if each is None else each.view(x.shape) for each in (t, dx))
+        return weighted(t, weight) if for_g else None, dx, ctx.norm.sum(g * t) if for_weight else None, *nothing
+
+
+def _formula(
+    g: Tensor, x: Tensor, weight: Tensor | None, norm: _Layer | _Group, rows: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dx, dweight, dbias) as printed above, in differentiable operations."""
+    h, x_rows = (_as_rows(each, rows) for each in (norm.weighted(g, weight), x))
+    dx = batch_norm.formula(h, x_rows, None, _row_kernel(x, norm), ())[0].view(x.shape)
+    xhat = F.layer_norm(x_rows, x_rows.shape[2:], eps=norm.eps).view(x.shape)
+    return dx, norm.sum(g * xhat), norm.sum(g)
+
+
+def _row_kernel(x: Tensor, norm: _Layer | _Group) -> batch_norm.Kernel:
+    native = 0
+    return batch_norm.Kernel(True, norm.eps, native, x.new_empty(0, dtype=torch.uint8))
+
+
+def _as_rows(tensor: Tensor, rows: int) -> Tensor:
+    return tensor.reshape(1, rows, -1)
+
+
+def _at_least_single(statistic: Tensor) -> Tensor:
+    return statistic.flatten().to(torch.promote_types(statistic.dtype, torch.float32))
+
+
+def _memory_format(x: Tensor) -> torch.memory_format:
+    """What native group norm takes: channels_last on the CPU only."""
+    channels_last = torch.channels_last_3d if x.dim() == 5 else torch.channels_last
+    suits = x.device.type == "cpu" and x.dim() in (4, 5) and x.is_contiguous(memory_format=channels_last)
+    return channels_last if suits else torch.contiguous_format
+
+
+def _row_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, norm: _Layer | _Group) -> Any:
+    if x.is_cuda and autocast_dtype(x.device) is not None:  # autocast runs both in single precision, on CUDA only
+        single = (each if each is None or each.dtype == torch.float64 else each.float() for each in (x, weight, bias))
+        return _RowNorm.apply(*single, norm)
+    return _RowNorm.apply(x, weight, bias, norm)
+
+
+def _layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Any:
+    """The replacement of F.layer_norm, with its signature."""
+    if input.numel() == 0 or tuple(input.shape[-len(normalized_shape) :]) != tuple(normalized_shape):
+        return NotImplemented  # nothing to normalize, or an error
+    return _row_norm(input, weight, bias, _Layer(normalized_shape, eps))
+
+
+def _group_norm(
+    input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> Any:
+    """The replacement of F.group_norm, with its signature."""
+    if input.dim() < 2 or input.numel() == 0 or num_groups < 1 or input.shape[1] % num_groups:
+        return NotImplemented
+    if input.numel() == len(input) * num_groups:  # one value per row: an error
+        return NotImplemented
+    return _row_norm(input.contiguous(memory_format=_memory_format(input)), weight, bias, _Group(num_groups, eps))
+
+
+REPLACEMENTS = {F.layer_norm: _layer_norm, F.group_norm: _group_norm}
