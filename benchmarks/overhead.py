@@ -98,10 +98,12 @@ def swapped_relus(model: nn.Module) -> Iterator[None]:
             setattr(parent, name, child)
 
 
-def contenders(model: nn.Module, x: Tensor, y: Tensor, autocast: Callable[[], Any]) -> dict[str, Step]:
+def contenders(
+    model: nn.Module, x: Tensor, y: Tensor, autocast: Callable[[], Any], activations: str
+) -> dict[str, Step]:
     """The forward passes and the loss of one step each; the backward pass is the caller's."""
-    reg = InterpretableGradientLoss(model, lam=LAM)
-    lazy = InterpretableGradientLoss(model, lam=LAM, every=4)
+    reg = InterpretableGradientLoss(model, lam=LAM, activations=activations)
+    lazy = InterpretableGradientLoss(model, lam=LAM, activations=activations, every=4)
 
     def input_gradient(images: Tensor, logits: Tensor, create_graph: bool) -> Tensor:
         loss = F.cross_entropy(logits, y, reduction="sum")
@@ -124,7 +126,7 @@ def contenders(model: nn.Module, x: Tensor, y: Tensor, autocast: Callable[[], An
         with autocast():
             images = x.clone().requires_grad_()
             logits = model(images)
-            with guided_backward(list(graph.nodes(logits, until=images)), "relu"):
+            with guided_backward(list(graph.nodes(logits, until=images)), activations):
                 guided = input_gradient(images, logits, create_graph=False)
             delta = input_gradient(images, logits, create_graph=True)
             return F.cross_entropy(logits, y) + LAM * cos(delta.float(), guided.float()).mean()
@@ -209,7 +211,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     def autocast() -> Any:
         return torch.autocast(options.device, dtype) if dtype else contextlib.nullcontext()
 
-    steps = contenders(model, x, y, autocast)
+    steps = contenders(model, x, y, autocast, options.activations)
     wrong = wrong_gradients(model, steps, half=dtype is not None)
     for contender in wrong:
         del steps[contender]
@@ -240,6 +242,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
         "layout": "channels_last" if options.channels_last else "contiguous",
         "precision": options.amp or "fp32",
         "device": options.device,
+        "activations": options.activations,
         "rows": rows,
         "wrong": wrong,
     }
@@ -328,6 +331,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=32, help="(%(default)s)")
     parser.add_argument("--repeat", type=int, default=10, help="timed repetitions, at least 2 (%(default)s)")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="(%(default)s)")
+    parser.add_argument("--activations", default="relu", choices=["relu", "all"], help="of the loss (%(default)s)")
     parser.add_argument("--amp", choices=["bf16", "fp16"], help="autocast")
     parser.add_argument("--channels-last", action="store_true", help="memory format")
     parser.add_argument("--json", type=Path, help="add the results to this file")
