@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from interpgrad.autocast import autocast_dtype
 from interpgrad.double_backward import fast_double_backward
 from interpgrad.double_backward.engine import Root
+from interpgrad.model import logits_of, unwrap
 
 _ROOT: Any = Root._backward_cls
 
@@ -40,15 +41,7 @@ class Forward(NamedTuple):
     @property
     def logits(self) -> Tensor:
         """The logits in the output: itself, its `.logits`, or the first of a tuple."""
-        logits = getattr(self.output, "logits", self.output)
-        if isinstance(logits, (tuple, list)) and logits:
-            logits = logits[0]
-        if not isinstance(logits, Tensor):
-            raise TypeError(
-                "expected the model to return a tensor, an object with .logits or a tuple that begins with a "
-                f"tensor, got {type(self.output).__name__}: wrap the model in a module that returns the logits."
-            )
-        return logits
+        return logits_of(self.output)
 
     def close(self) -> None:
         """Say that no backward pass from now on needs the images' gradient, unless the user does."""
@@ -64,7 +57,7 @@ def forward_without_trace(
     It reads and writes clones of the buffers, so batch norm does not count the batch twice, and the random
     state is restored, so the training loop draws the numbers it would have drawn.
     """
-    module = _unwrap(model)
+    module = unwrap(model)
     _refuse_unusable(module)
     image, model_input = _root_of_graph(x)
     root: Any = model_input.grad_fn
@@ -194,23 +187,8 @@ def _root_of_graph(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def _first_parameter(module: nn.Module, kwargs: Mapping[str, Any]) -> str | None:
     """The name under which the images are passed: the first parameter of `forward`, or the first float tensor."""
-    first = next(iter(inspect.signature(_unwrap(module).forward).parameters), "")
+    first = next(iter(inspect.signature(unwrap(module).forward).parameters), "")
     return first if first in kwargs else next((name for name in kwargs if _is_floating_point(kwargs[name])), None)
-
-
-def _unwrap(model: nn.Module) -> nn.Module:
-    """The module inside torch.compile's and the data-parallel wrappers.
-
-    Only wrappers known to add nothing to the forward pass: a user's own `.module` may well be wrapped in a
-    normalization that belongs to the model.
-    """
-    while True:
-        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            model = model.module
-        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
-            model = inner
-        else:
-            return model
 
 
 @contextmanager

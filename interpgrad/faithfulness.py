@@ -1,0 +1,78 @@
+"""The faithfulness metrics as a torchmetrics.Metric. Needs torchmetrics: `pip install "interpgrad[eval]"`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from interpgrad.metrics import PROTOCOLS, Protocol, faithfulness
+
+try:
+    from torchmetrics import Metric
+except ImportError as reason:
+    raise ImportError(
+        'expected torchmetrics for interpgrad.metrics.Faithfulness, found none: `pip install "interpgrad[eval]"`; '
+        "interpgrad.metrics.faithfulness() does without."
+    ) from reason
+
+_NAMES = ("AD", "AG", "AI", "INS", "DEL")
+
+
+class Faithfulness(Metric):
+    """Means of the five faithfulness metrics, in percent, over batches and ranks.
+
+    `update(x, maps, target=None)` as of `interpgrad.metrics.faithfulness`, whose keyword arguments the constructor
+    takes; `compute()` returns {"AD", "AG", "AI", "INS", "DEL"} -> 0-dim tensor. The model is held, not registered: the
+    metric neither moves nor stores it.
+
+    >>> model = nn.Sequential(nn.Flatten(), nn.Linear(48, 5))
+    >>> metric = Faithfulness(model)
+    >>> metric.update(torch.rand(2, 3, 4, 4), torch.rand(2, 4, 4))
+    >>> sorted(metric.compute())
+    ['AD', 'AG', 'AI', 'DEL', 'INS']
+    """
+
+    full_state_update = False
+    is_differentiable = False
+    higher_is_better = None
+
+    model: nn.Module
+    total: Tensor
+    count: Tensor
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        protocol: str | Protocol = "rise",
+        denominator: str = "1-y",
+        chunk_size: int = 64,
+        **kwargs: Any,
+    ) -> None:
+        """Keyword arguments beyond these go to torchmetrics.Metric."""
+        super().__init__(**kwargs)
+        self.__dict__["model"] = model
+        self.settings: dict[str, Any] = {
+            "mean": mean,
+            "std": std,
+            "protocol": PROTOCOLS.get(protocol, protocol) if isinstance(protocol, str) else protocol,
+            "denominator": denominator,
+            "chunk_size": chunk_size,
+        }
+        self.add_state("total", torch.zeros(len(_NAMES), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("count", torch.tensor(0), dist_reduce_fx="sum")
+
+    def update(self, x: Tensor, maps: Tensor, target: Any = None) -> None:
+        """Add a batch: images (N, C, H, W), maps (N, h, w) in [0, 1], the classes they explain."""
+        found = faithfulness(self.model, x, maps, target, **self.settings)
+        self.total += torch.stack([found[name].sum() for name in _NAMES]).to(self.total)
+        self.count += len(x)
+
+    def compute(self) -> dict[str, Tensor]:
+        """The means over everything since the last reset, in percent."""
+        return dict(zip(_NAMES, 100 * self.total / self.count, strict=True))

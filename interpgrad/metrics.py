@@ -1,0 +1,355 @@
+"""Faithfulness of saliency maps: does the model's confidence follow what the map calls important?
+
+y is the softmax probability of the class explained, o the same for the image under its map. N images x (N, C, H, W),
+maps (N, h, w) in [0, 1] (resized to (H, W) by bilinear interpolation where they differ), results per sample (N,), in
+fractions of 1; papers print their mean times 100.
+
+    AD   average drop        max(0, y - o) / y           the lower the better
+    AG   average gain        max(0, o - y) / (1 - y)     higher
+    AI   average increase    1[o > y]                    higher
+    INS  insertion           area under y while a blurred image is revealed, most salient pixels first; higher
+    DEL  deletion            area under y while pixels are set to 0, most salient first; lower
+
+The image under its map: denormalized with mean and std, multiplied by the map, normalized again. Pixels are inserted
+and deleted in the space the model sees, so many per step; the area is (sum - ends / 2) / steps; among equally salient
+pixels the first in reading order comes first, so results are deterministic.
+
+Sources: Chattopadhyay et al., arXiv 1710.11063 (AD, AI); Zhang et al., arXiv 2301.07002 (AG); Petsiuk et al., RISE,
+arXiv 1806.07421 (INS, DEL).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from interpgrad.model import classes_to_explain, evaluation_mode, logits_of
+
+if TYPE_CHECKING:
+    from interpgrad.faithfulness import Faithfulness as Faithfulness
+
+
+class Protocol(NamedTuple):
+    """What peers disagree on in insertion and deletion; printed with every table.
+
+    Attributes:
+        name: of the protocol.
+        blur: pixels, the side of the Gaussian kernel that makes the start of insertion, zero padded.
+        sigma: pixels, its standard deviation.
+        rows: image rows' worth of pixels changed per step.
+    """
+
+    name: str
+    blur: int
+    sigma: float
+    rows: int
+
+    def __str__(self) -> str:
+        """One line for the foot of a table."""
+        return (
+            f"protocol {self.name}: insertion from a {self.blur}x{self.blur} Gaussian blur (sigma {self.sigma:g}, zero "
+            f"padding), deletion to 0 in normalized space, {self.rows} x W pixels per step"
+        )
+
+
+PROTOCOLS = {
+    "rise": Protocol("rise", blur=11, sigma=5.0, rows=1),  # RISE's own evaluation
+    "ca_stream": Protocol("ca_stream", blur=5, sigma=5.0, rows=8),  # the paper's authors' later evaluator
+}
+
+
+def average_drop(y: Tensor, o: Tensor) -> Tensor:
+    """max(0, y - o) / y per sample, 0 where y is 0.
+
+    Args:
+        y: probabilities (N,) on the images.
+        o: probabilities (N,) on the images under their maps.
+
+    Raises ValueError for different shapes, or values outside of [0, 1].
+
+    >>> average_drop(torch.tensor([0.8, 0.5]), torch.tensor([0.4, 0.9]))
+    tensor([0.5000, 0.0000])
+    """
+    _check_probabilities(y, o)
+    return _ratio((y - o).clamp(min=0), y)
+
+
+def average_gain(y: Tensor, o: Tensor, *, denominator: str = "1-y") -> Tensor:
+    """max(0, o - y) / (1 - y) per sample, 0 where y is 1.
+
+    Arguments and errors as of `average_drop`. `denominator="y"` divides by y instead, as the paper's slides print it;
+    the published definition and the authors' evaluator have 1 - y.
+
+    >>> average_gain(torch.tensor([0.8, 0.5]), torch.tensor([0.4, 0.9]))
+    tensor([0.0000, 0.8000])
+    """
+    _check_probabilities(y, o)
+    if denominator not in ("1-y", "y"):
+        raise ValueError(f'expected denominator="1-y" or denominator="y", got {denominator!r}.')
+    return _ratio((o - y).clamp(min=0), y if denominator == "y" else 1 - y)
+
+
+def average_increase(y: Tensor, o: Tensor) -> Tensor:
+    """1 where o > y, else 0, per sample. Arguments and errors as of `average_drop`.
+
+    >>> average_increase(torch.tensor([0.8, 0.5]), torch.tensor([0.4, 0.9]))
+    tensor([0., 1.])
+    """
+    _check_probabilities(y, o)
+    return (o > y).to(y.dtype)
+
+
+def insertion(
+    model: nn.Module,
+    x: Tensor,
+    maps: Tensor,
+    target: Any = None,
+    *,
+    protocol: str | Protocol = "rise",
+    chunk_size: int = 64,
+) -> Tensor:
+    """The area (N,) under `insertion_curve`, whose arguments and errors it shares."""
+    return area(insertion_curve(model, x, maps, target, protocol=protocol, chunk_size=chunk_size))
+
+
+def deletion(
+    model: nn.Module,
+    x: Tensor,
+    maps: Tensor,
+    target: Any = None,
+    *,
+    protocol: str | Protocol = "rise",
+    chunk_size: int = 64,
+) -> Tensor:
+    """The area (N,) under `deletion_curve`, whose arguments and errors it shares."""
+    return area(deletion_curve(model, x, maps, target, protocol=protocol, chunk_size=chunk_size))
+
+
+def insertion_curve(
+    model: nn.Module,
+    x: Tensor,
+    maps: Tensor,
+    target: Any = None,
+    *,
+    protocol: str | Protocol = "rise",
+    chunk_size: int = 64,
+) -> Tensor:
+    """Probabilities (N, steps + 1) of the class while the blurred images are revealed, most salient pixels first.
+
+    Args:
+        model: an image classifier; run in evaluation mode, and left as it was.
+        x: images (N, C, H, W), as the model takes them.
+        maps: saliency (N, h, w), in [0, 1].
+        target: class indices (N,), one for all, or None for the classes predicted for x.
+        protocol: "rise", "ca_stream" or a `Protocol`.
+        chunk_size: at most so many images at once.
+
+    Raises:
+        TypeError, ValueError: x or maps of the wrong type or shape, maps with NaN or outside of [0, 1], a target that
+            is no class, an unknown protocol.
+
+    >>> model = nn.Sequential(nn.Flatten(), nn.Linear(48, 5))
+    >>> insertion_curve(model, torch.randn(2, 3, 4, 4), torch.rand(2, 4, 4)).shape
+    torch.Size([2, 5])
+    """
+    with evaluation_mode(model), torch.no_grad():
+        images = _Perturbation(model, x, maps, target, protocol, chunk_size)
+        return images.inserted(range(images.steps + 1))
+
+
+def deletion_curve(
+    model: nn.Module,
+    x: Tensor,
+    maps: Tensor,
+    target: Any = None,
+    *,
+    protocol: str | Protocol = "rise",
+    chunk_size: int = 64,
+) -> Tensor:
+    """Probabilities (N, steps + 1) of the class while pixels are set to 0, most salient first.
+
+    Arguments and errors as of `insertion_curve`.
+
+    >>> model = nn.Sequential(nn.Flatten(), nn.Linear(48, 5))
+    >>> deletion_curve(model, torch.randn(2, 3, 4, 4), torch.rand(2, 4, 4)).shape
+    torch.Size([2, 5])
+    """
+    with evaluation_mode(model), torch.no_grad():
+        images = _Perturbation(model, x, maps, target, protocol, chunk_size)
+        return images.deleted(range(images.steps + 1))
+
+
+def area(curve: Tensor) -> Tensor:
+    """The mean height (N,) of curves (N, steps + 1) by the trapezoidal rule.
+
+    >>> area(torch.tensor([[0.0, 0.5, 1.0]]))
+    tensor([0.5000])
+    """
+    return (curve.sum(1) - (curve[:, 0] + curve[:, -1]) / 2) / (curve.shape[1] - 1)
+
+
+def faithfulness(
+    model: nn.Module,
+    x: Tensor,
+    maps: Tensor,
+    target: Any = None,
+    *,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    protocol: str | Protocol = "rise",
+    denominator: str = "1-y",
+    chunk_size: int = 64,
+) -> dict[str, Tensor]:
+    """All five metrics per sample, {"AD", "AG", "AI", "INS", "DEL"} -> (N,), from shared forward passes.
+
+    Arguments and errors as of `insertion_curve`, `denominator` as of `average_gain`. `mean` and `std`, one value per
+    channel, are what the images were normalized with; None if they were not.
+
+    >>> model = nn.Sequential(nn.Flatten(), nn.Linear(48, 5))
+    >>> sorted(faithfulness(model, torch.rand(2, 3, 4, 4), torch.rand(2, 4, 4)))
+    ['AD', 'AG', 'AI', 'DEL', 'INS']
+    """
+    with evaluation_mode(model), torch.no_grad():
+        images = _Perturbation(model, x, maps, target, protocol, chunk_size)
+        y, o = images.probability, images.masked(mean, std)
+        # The image itself ends the one curve and begins the other.
+        inserted = torch.cat([images.inserted(range(images.steps)), y[:, None]], 1)
+        deleted = torch.cat([y[:, None], images.deleted(range(1, images.steps + 1))], 1)
+    return {
+        "AD": average_drop(y, o),
+        "AG": average_gain(y, o, denominator=denominator),
+        "AI": average_increase(y, o),
+        "INS": area(inserted),
+        "DEL": area(deleted),
+    }
+
+
+class _Perturbation:
+    """Images whose pixels change in the order of their saliency, and the probabilities of the class explained."""
+
+    def __init__(
+        self, model: nn.Module, x: Tensor, maps: Tensor, target: Any, protocol: str | Protocol, chunk_size: int
+    ) -> None:
+        _check_images(x, maps, chunk_size)
+        self.protocol = _resolve(protocol)
+        self.model, self.x, self.chunk_size = model, x.detach(), chunk_size
+        self.maps = _resize(maps.detach(), x.shape[-2:])
+        self.per_step = self.protocol.rows * x.shape[-1]
+        self.steps = -(-x.shape[-2] * x.shape[-1] // self.per_step)
+        logits = torch.cat([logits_of(model(images)) for images in torch.split(self.x, chunk_size)])
+        self.classes = classes_to_explain(target, logits)
+        self.probability = _probability(logits, self.classes)
+
+    def masked(self, mean: Sequence[float] | None, std: Sequence[float] | None) -> Tensor:
+        """The probabilities (N,) of the images under their maps."""
+        channels = self.x.shape[1]
+        shift, spread = (_per_channel(value, channels, self.x) for value in (mean or [0.0], std or [1.0]))
+        found = []
+        for x, maps, classes in zip(
+            *(torch.split(each, self.chunk_size) for each in (self.x, self.maps, self.classes)), strict=True
+        ):
+            masked = ((x * spread + shift) * maps[:, None].to(x.dtype) - shift) / spread
+            found.append(_probability(logits_of(self.model(masked)), classes))
+        return torch.cat(found)
+
+    def inserted(self, steps: range) -> Tensor:
+        """The probabilities (N, len(steps)) after so many steps of insertion."""
+        return self._replaced(_blur(self.x, self.protocol), self.x, steps)
+
+    def deleted(self, steps: range) -> Tensor:
+        """The probabilities (N, len(steps)) after so many steps of deletion."""
+        return self._replaced(self.x, torch.zeros_like(self.x), steps)
+
+    def _replaced(self, before: Tensor, after: Tensor, steps: range) -> Tensor:
+        order = self.maps.flatten(1).argsort(dim=1, descending=True, stable=True)
+        rank = order.argsort(dim=1).view_as(self.maps)[:, None]
+        samples = torch.arange(len(self.x), device=self.x.device).repeat_interleave(len(steps))
+        changed = (torch.tensor(steps, device=self.x.device) * self.per_step).repeat(len(self.x))
+        found = []
+        for of_image, count in zip(
+            torch.split(samples, self.chunk_size), torch.split(changed, self.chunk_size), strict=True
+        ):
+            images = torch.where(rank[of_image] < count[:, None, None, None], after[of_image], before[of_image])
+            found.append(_probability(logits_of(self.model(images)), self.classes[of_image]))
+        return torch.cat(found).view(len(self.x), len(steps))
+
+
+def _probability(logits: Tensor, classes: Tensor) -> Tensor:
+    """Softmax probabilities (N,) of the classes, in double precision: 1 - y is a denominator."""
+    return logits.double().softmax(1).gather(1, classes[:, None]).squeeze(1)
+
+
+def _blur(x: Tensor, protocol: Protocol) -> Tensor:
+    """A Gaussian blur, zero padded, so that it darkens towards the border as RISE's does."""
+    offsets = torch.arange(protocol.blur, dtype=x.dtype, device=x.device) - (protocol.blur - 1) / 2
+    line = torch.exp(-offsets.square() / (2 * protocol.sigma**2))
+    line = (line / line.sum()).view(1, 1, -1, 1).expand(x.shape[1], 1, -1, 1)
+    padding = protocol.blur // 2
+    vertical = F.conv2d(x, line, padding=(padding, 0), groups=x.shape[1])
+    return F.conv2d(vertical, line.transpose(2, 3), padding=(0, padding), groups=x.shape[1])
+
+
+def _resize(maps: Tensor, size: torch.Size) -> Tensor:
+    if maps.shape[1:] == size:
+        return maps
+    return F.interpolate(maps[:, None], size, mode="bilinear")[:, 0]
+
+
+def _ratio(part: Tensor, whole: Tensor) -> Tensor:
+    return torch.where(whole > 0, part / whole, 0)
+
+
+def _per_channel(value: Sequence[float], channels: int, x: Tensor) -> Tensor:
+    if len(value) not in (1, channels):
+        raise ValueError(f"expected mean and std to have 1 value or {channels}, one per channel, got {list(value)}.")
+    return torch.as_tensor(value, dtype=x.dtype, device=x.device).view(1, -1, 1, 1)
+
+
+def _resolve(protocol: str | Protocol) -> Protocol:
+    if isinstance(protocol, Protocol):
+        return protocol
+    if protocol not in PROTOCOLS:
+        raise ValueError(f"expected protocol to be one of {list(PROTOCOLS)} or a Protocol, got {protocol!r}.")
+    return PROTOCOLS[protocol]
+
+
+def _check_images(x: Any, maps: Any, chunk_size: int) -> None:
+    for name, value, dims in (("x", x, 4), ("maps", maps, 3)):
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            received = f"a tensor of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+            raise TypeError(f"expected {name} to be a floating point tensor, got {received}.")
+        if value.dim() != dims or not value.numel():
+            shape = "(N, C, H, W)" if dims == 4 else "(N, h, w)"
+            raise ValueError(f"expected {name} of shape {shape}, not empty, got {tuple(value.shape)}.")
+    if len(maps) != len(x):
+        raise ValueError(f"expected one map for each of the {len(x)} images, got {len(maps)}.")
+    if maps.isnan().any():
+        count = int(maps.isnan().flatten(1).any(1).sum())
+        raise ValueError(f"expected maps without NaN, got NaN in {count} of {len(maps)}: mend or drop them first.")
+    if maps.min() < 0 or maps.max() > 1:
+        raise ValueError(
+            f"expected maps in [0, 1], got values from {float(maps.min()):.3g} to {float(maps.max()):.3g}: scale each "
+            "map, (map - min) / (max - min)."
+        )
+    if chunk_size < 1:
+        raise ValueError(f"expected chunk_size of at least 1, got {chunk_size}.")
+
+
+def _check_probabilities(y: Tensor, o: Tensor) -> None:
+    if y.shape != o.shape:
+        raise ValueError(f"expected y and o of one shape, got {tuple(y.shape)} and {tuple(o.shape)}.")
+    for name, value in (("y", y), ("o", o)):
+        if not ((value >= 0) & (value <= 1)).all():  # also false for NaN
+            raise ValueError(f"expected {name} to hold probabilities in [0, 1]: apply softmax to logits.")
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Faithfulness":  # the one thing here that needs torchmetrics
+        from interpgrad.faithfulness import Faithfulness
+
+        return Faithfulness
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

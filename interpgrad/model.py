@@ -1,0 +1,73 @@
+"""What is asked of the user's model everywhere: itself unwrapped, its evaluation mode, logits, classes to explain."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module inside torch.compile's and the data-parallel wrappers.
+
+    Only wrappers known to add nothing to the forward pass: a user's own `.module` may well be wrapped in a
+    normalization that belongs to the model.
+    """
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        else:
+            return model
+
+
+def logits_of(output: Any) -> Tensor:
+    """The logits in what a model returned: itself, its `.logits`, or the first of a tuple."""
+    logits = getattr(output, "logits", output)
+    if isinstance(logits, (tuple, list)) and logits:
+        logits = logits[0]
+    if not isinstance(logits, Tensor):
+        raise TypeError(
+            "expected the model to return a tensor, an object with .logits or a tuple that begins with a "
+            f"tensor, got {type(output).__name__}: wrap the model in a module that returns the logits."
+        )
+    return logits
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode; afterwards every module in the mode it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def classes_to_explain(target: Any, logits: Tensor) -> Tensor:
+    """Class indices (N,): the target (one class for all, or one for each image), or None for the predicted ones."""
+    if logits.dim() != 2:
+        raise ValueError(f"expected logits of shape (N, classes), got {tuple(logits.shape)}: pass an image classifier.")
+    samples, classes = logits.shape
+    if target is None:
+        return logits.detach().argmax(1)
+    target = torch.as_tensor(target, device=logits.device)
+    if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
+        raise TypeError(f"expected target to hold class indices, got a tensor of {target.dtype}.")
+    if target.shape not in ((), (samples,)):
+        raise ValueError(
+            f"expected target to be one class index or one for each of the {samples} images, got shape "
+            f"{tuple(target.shape)}."
+        )
+    if target.numel() and (target.min() < 0 or target.max() >= classes):
+        raise ValueError(
+            f"expected class indices from 0 to {classes - 1}, got {int(target.min())} to {int(target.max())}."
+        )
+    indices: Tensor = target.long().expand(samples)
+    return indices

@@ -1,0 +1,16 @@
+"""Saliency maps: input gradients and class activation maps. Tensors in, tensors out, on their device."""
+
+from interpgrad.saliency.cam import CAMS, ablation_cam, axiom_cam, grad_cam, grad_cam_pp, score_cam
+from interpgrad.saliency.gradients import gradient, guided_gradient, smooth_gradient
+
+__all__ = [
+    "CAMS",
+    "ablation_cam",
+    "axiom_cam",
+    "grad_cam",
+    "grad_cam_pp",
+    "gradient",
+    "guided_gradient",
+    "score_cam",
+    "smooth_gradient",
+]

@@ -1,0 +1,246 @@
+"""Class activation maps: channels of a layer, weighted, summed, rectified and scaled to [0, 1].
+
+N images (C, H, W), K channels A of a layer's output (h, w each), y the target's logit, G = dy / dA. Every method is a
+weight w (N, K) for the channels; the map is ReLU(sum_k w_k A_k), resized to (H, W) by bilinear interpolation and
+scaled to [0, 1] for each image (a constant map becomes 0). Any factor an image's weights share is lost in the scaling.
+
+All functions take
+
+    model       an image classifier; run in evaluation mode, and left as it was
+    x           images (N, C, H, W), as the model takes them
+    layer       a module of the model, or its dotted name, called once in a forward pass
+    target      class indices (N,), one for all, or None for the predicted classes
+    reshape     a callable that makes (N, K, h, w) of the layer's output, for transformers: see `layer.Layer`
+    chunk_size  at most so many images (Ablation-CAM, Score-CAM: changed copies of images) at once; None is all
+
+return maps (N, H, W), and raise ValueError or TypeError for a layer that is none of the model's or whose output is not
+(N, K, h, w), for a target that is no class, for x that is no batch of floating point images; RuntimeError for a layer
+that was not reached or called twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from interpgrad.forward import check_images
+from interpgrad.model import classes_to_explain, evaluation_mode
+from interpgrad.saliency.ablation import ablated_scores, in_chunks
+from interpgrad.saliency.gradients import chunks
+from interpgrad.saliency.layer import Layer, Reshape
+
+
+def grad_cam(
+    model: nn.Module,
+    x: Tensor,
+    layer: nn.Module | str,
+    target: Any = None,
+    *,
+    reshape: Reshape | None = None,
+    chunk_size: int | None = None,
+) -> Tensor:
+    """Grad-CAM: w_k is the mean of G_k.
+
+    Source: Selvaraju et al., arXiv 1610.02391, equation 1. Arguments and errors: see the module.
+
+    >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
+    >>> grad_cam(model, torch.randn(2, 3, 8, 8), layer="1").shape
+    torch.Size([2, 8, 8])
+    """
+    return _from_gradients(lambda _, g: g.mean((2, 3)), model, x, layer, target, reshape, chunk_size)
+
+
+def grad_cam_pp(
+    model: nn.Module,
+    x: Tensor,
+    layer: nn.Module | str,
+    target: Any = None,
+    *,
+    reshape: Reshape | None = None,
+    chunk_size: int | None = None,
+) -> Tensor:
+    """Grad-CAM++: w_k is the sum of alpha ReLU(G_k), with alpha = G² / (2 G² + G³ sum(A_k)).
+
+    This is the paper's alpha for exp(y) in the place of the score. Where G is not 0 it is 1 / (2 + G sum(A_k)), which
+    does not underflow for small gradients; where the denominator is 0 it is G², as in the authors' code.
+
+    Source: Chattopadhyay et al., arXiv 1710.11063, equations 5 and 19. Arguments and errors: see the module.
+
+    >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
+    >>> grad_cam_pp(model, torch.randn(2, 3, 8, 8), layer="1").shape
+    torch.Size([2, 8, 8])
+    """
+
+    def weights(a: Tensor, g: Tensor) -> Tensor:
+        denominator = 2 + g * a.sum((2, 3), keepdim=True)
+        alpha = torch.where(denominator == 0, g.square(), 1 / denominator)
+        return (alpha * g.clamp(min=0)).sum((2, 3))
+
+    return _from_gradients(weights, model, x, layer, target, reshape, chunk_size)
+
+
+def axiom_cam(
+    model: nn.Module,
+    x: Tensor,
+    layer: nn.Module | str,
+    target: Any = None,
+    *,
+    reshape: Reshape | None = None,
+    chunk_size: int | None = None,
+) -> Tensor:
+    """Axiom-based Grad-CAM (XGrad-CAM): w_k is the sum of G_k A_k / sum(A_k), 0 where sum(A_k) is.
+
+    Source: Fu et al., arXiv 2008.02312, equation 8. Arguments and errors: see the module.
+
+    >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
+    >>> axiom_cam(model, torch.randn(2, 3, 8, 8), layer="1").shape
+    torch.Size([2, 8, 8])
+    """
+
+    def weights(a: Tensor, g: Tensor) -> Tensor:
+        total = a.sum((2, 3))
+        return torch.where(total == 0, 0, (g * a).sum((2, 3)) / total)
+
+    return _from_gradients(weights, model, x, layer, target, reshape, chunk_size)
+
+
+def score_cam(
+    model: nn.Module,
+    x: Tensor,
+    layer: nn.Module | str,
+    target: Any = None,
+    *,
+    reshape: Reshape | None = None,
+    chunk_size: int | None = 64,
+) -> Tensor:
+    """Score-CAM: w is the softmax over k of the target's logit for x times A_k, resized and scaled to [0, 1].
+
+    A constant A_k (a dead channel, for a ReLU) scales to 0: the black image, whose logits are computed once.
+
+    Source: Wang et al., arXiv 1910.01279, Algorithm 1. Arguments and errors: see the module.
+
+    >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
+    >>> score_cam(model, torch.randn(2, 3, 8, 8), layer="1").shape
+    torch.Size([2, 8, 8])
+    """
+    probe = _prepare(model, x, layer, reshape)
+    maps = []
+    with evaluation_mode(model), torch.no_grad():
+        black = probe.run(torch.zeros_like(x[:1]), lambda _: None)
+        for images, given in chunks(x.detach(), target, chunk_size):
+            a, classes, _ = _read(probe, images, given)
+            scores = black[0, classes, None].expand(a.shape[:2]).clone()
+            varying = a.flatten(2).amax(2) > a.flatten(2).amin(2)
+            for of_image, channel in in_chunks(varying.nonzero(), chunk_size):
+                masks = scale(_resize(a[of_image, channel], images.shape[-2:]))
+                logits = probe.run(images[of_image] * masks[:, None].to(images.dtype), lambda _: None)
+                scores[of_image, channel] = logits.gather(1, classes[of_image, None]).squeeze(1).to(scores.dtype)
+            maps.append(_map(scores.softmax(1), a, images))
+    return torch.cat(maps)
+
+
+def ablation_cam(
+    model: nn.Module,
+    x: Tensor,
+    layer: nn.Module | str,
+    target: Any = None,
+    *,
+    reshape: Reshape | None = None,
+    chunk_size: int | None = 256,
+) -> Tensor:
+    """Ablation-CAM: w_k is by how much y drops when A_k is set to 0.
+
+    The paper divides the drop by y. For y > 0 that is lost in the scaling; for y < 0 it would turn the map into that
+    of the evidence against the target, and is left out. The network before the layer runs once for all the copies of
+    an image in a chunk, and only what follows it on each: if that follows from the layer's output alone, or broadcasts
+    with it (a residual branch); else every copy runs through the whole network. Channels that are 0 already weigh 0.
+
+    Source: Desai and Ramaswamy, WACV 2020, equation 5. Arguments and errors: see the module.
+
+    >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
+    >>> ablation_cam(model, torch.randn(2, 3, 8, 8), layer="1").shape
+    torch.Size([2, 8, 8])
+    """
+    probe = _prepare(model, x, layer, reshape)
+    maps = []
+    with evaluation_mode(model), torch.no_grad():
+        for images, given in chunks(x.detach(), target, chunk_size):
+            a, classes, score = _read(probe, images, given)
+            alive = a.flatten(2).any(2)
+            ablated = score[:, None].expand(alive.shape).clone()
+            ablated[alive] = ablated_scores(probe, images, classes, score, alive.nonzero(), chunk_size)
+            maps.append(_map(score[:, None] - ablated, a, images))
+    return torch.cat(maps)
+
+
+CAMS: dict[str, Callable[..., Tensor]] = {
+    "grad_cam": grad_cam,
+    "grad_cam_pp": grad_cam_pp,
+    "score_cam": score_cam,
+    "ablation_cam": ablation_cam,
+    "axiom_cam": axiom_cam,
+}
+
+
+def scale(maps: Tensor) -> Tensor:
+    """Maps (N, H, W), each scaled from its minimum and maximum to [0, 1]; a constant one becomes 0."""
+    low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
+    return torch.where(high > low, (maps - low) / (high - low), 0)
+
+
+def _prepare(model: nn.Module, x: Tensor, layer: nn.Module | str, reshape: Reshape | None) -> Layer:
+    check_images(x)
+    if x.dim() != 4:
+        raise ValueError(f"expected x to be images (N, C, H, W), got shape {tuple(x.shape)}.")
+    return Layer(model, layer, reshape)
+
+
+def _from_gradients(
+    weights: Callable[[Tensor, Tensor], Tensor],
+    model: nn.Module,
+    x: Tensor,
+    layer: nn.Module | str,
+    target: Any,
+    reshape: Reshape | None,
+    chunk_size: int | None,
+) -> Tensor:
+    """Maps whose weights are a function of A and G, (N, K, h, w) both."""
+    probe = _prepare(model, x, layer, reshape)
+    maps = []
+    with evaluation_mode(model), torch.enable_grad():
+        for images, given in chunks(x.detach(), target, chunk_size):
+            leaf = torch.empty(0)
+
+            def begin_graph(output: Tensor) -> Tensor:
+                nonlocal leaf
+                leaf = output.detach().requires_grad_()
+                return leaf.clone()  # what follows may work in place
+
+            logits = probe.run(images, begin_graph)
+            classes = classes_to_explain(given, logits)
+            (gradient,) = torch.autograd.grad(logits.gather(1, classes[:, None]).sum(), leaf)
+            with torch.no_grad():
+                a, g = probe.channels(leaf), probe.channels(gradient)
+                maps.append(_map(weights(a, g), a, images))
+    return torch.cat(maps)
+
+
+def _read(probe: Layer, images: Tensor, given: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """A (N, K, h, w), the classes (N,) and their logits (N,)."""
+    read = []
+    logits = probe.run(images, lambda output: read.append(probe.channels(output).clone()))
+    classes = classes_to_explain(given, logits)
+    return read[0], classes, logits.gather(1, classes[:, None]).squeeze(1)
+
+
+def _map(weights: Tensor, a: Tensor, images: Tensor) -> Tensor:
+    summed = torch.einsum("nk,nkhw->nhw", weights.to(a.dtype), a)
+    return scale(_resize(summed.clamp(min=0), images.shape[-2:]))
+
+
+def _resize(maps: Tensor, size: torch.Size) -> Tensor:
+    return F.interpolate(maps[:, None], size, mode="bilinear")[:, 0]

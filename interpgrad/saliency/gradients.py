@@ -1,0 +1,150 @@
+"""Input gradients as saliency: plain, guided, smoothed. In evaluation mode, without a trace."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from interpgrad.criteria import Criterion, evaluate, resolve_criterion
+from interpgrad.forward import check_images, forward_without_trace
+from interpgrad.gradients import gradient_pair
+from interpgrad.guided import check_activations
+from interpgrad.model import classes_to_explain, evaluation_mode, logits_of
+
+
+def gradient(
+    model: nn.Module,
+    x: Tensor,
+    target: Any = None,
+    *,
+    criterion: Criterion | str | None = "logit",
+    chunk_size: int | None = None,
+) -> Tensor:
+    """The input gradient of the target's logit.
+
+    Args:
+        model: an image classifier taking x; run in evaluation mode, and left as it was.
+        x: images (N, C, H, W), as the model takes them.
+        target: class indices (N,), one for all, or None for the predicted classes.
+        criterion: what to differentiate: "logit", the logit; None, the cross-entropy; or a callable
+            `(logits, target) -> 0-dim tensor`, as in `interpgrad.input_gradients`.
+        chunk_size: at most so many images at once; None is all.
+
+    Returns:
+        (N, C, H, W), the units of the criterion per unit of x; signed.
+
+    Raises:
+        TypeError, ValueError: x is no floating point tensor or empty; a target that is no class.
+
+    Source: Simonyan et al., "Deep Inside Convolutional Networks", arXiv 1312.6034.
+
+    >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5))
+    >>> gradient(model, torch.randn(2, 3, 8, 8)).shape
+    torch.Size([2, 3, 8, 8])
+    """
+    check_images(x)
+    criterion = resolve_criterion(criterion)
+    parts: list[Tensor] = []
+    with evaluation_mode(model), torch.enable_grad():
+        for images, given in chunks(x.detach(), target, chunk_size):
+            forward = forward_without_trace(model, images)
+            value = evaluate(criterion, forward.logits, classes_to_explain(given, forward.logits))
+            parts += torch.autograd.grad(value, forward.image)
+    return torch.cat(parts)
+
+
+def guided_gradient(
+    model: nn.Module,
+    x: Tensor,
+    target: Any = None,
+    *,
+    criterion: Criterion | str | None = "logit",
+    activations: str = "relu",
+    chunk_size: int | None = None,
+) -> Tensor:
+    """The guided-backpropagation gradient of the target's logit.
+
+    Arguments, result and errors as of `gradient`; `activations` is "relu" for the piecewise-linear family, "all" for
+    smooth rectifiers as well, and a RuntimeError says that no activation of the family was met.
+
+    Source: Springenberg et al., "Striving for Simplicity", arXiv 1412.6806.
+
+    >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5))
+    >>> guided_gradient(model, torch.randn(2, 3, 8, 8), target=3).shape
+    torch.Size([2, 3, 8, 8])
+    """
+    check_images(x)
+    check_activations(activations)
+    criterion = resolve_criterion(criterion)
+    parts = []
+    with evaluation_mode(model), torch.enable_grad():
+        for images, given in chunks(x.detach(), target, chunk_size):
+            forward = forward_without_trace(model, images)
+            classes = classes_to_explain(given, forward.logits)
+            parts.append(
+                gradient_pair(forward, classes, criterion=criterion, activations=activations, create_graph=False)[1]
+            )
+    return torch.cat(parts)
+
+
+def smooth_gradient(
+    model: nn.Module,
+    x: Tensor,
+    target: Any = None,
+    *,
+    noise: float = 0.15,
+    samples: int = 25,
+    criterion: Criterion | str | None = "logit",
+    chunk_size: int | None = 64,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """SmoothGrad: the mean input gradient over `samples` noisy copies of each image.
+
+    Arguments, result and errors as of `gradient`. `noise` is the standard deviation of the Gaussian noise as a fraction
+    of each image's range (max - min). `generator`, on the device of x, draws it; None is a new one seeded with 0, so
+    that results repeat and the global random state is left alone. target=None is the class predicted without noise.
+
+    Source: Smilkov et al., "SmoothGrad: removing noise by adding noise", arXiv 1706.03825.
+
+    >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5))
+    >>> smooth_gradient(model, torch.randn(2, 3, 8, 8), samples=4).shape
+    torch.Size([2, 3, 8, 8])
+    """
+    check_images(x)
+    if noise < 0 or samples < 1:
+        raise ValueError(f"expected noise >= 0 and samples >= 1, got noise={noise} and samples={samples}.")
+    x, size = x.detach(), chunk_size or len(x) * samples
+    generator = generator or torch.Generator(x.device).manual_seed(0)
+    classes = target
+    if target is None:
+        with evaluation_mode(model), torch.no_grad():
+            logits = torch.cat([logits_of(model(images)) for images, _ in chunks(x, None, chunk_size)])
+            classes = classes_to_explain(None, logits)
+    classes = torch.as_tensor(classes, device=x.device).expand(len(x))
+    sigma = noise * (x.flatten(1).amax(1) - x.flatten(1).amin(1))
+    total = torch.zeros_like(x)
+    rows = torch.arange(len(x), device=x.device).repeat_interleave(samples)
+    for of_image in torch.split(rows, size):
+        # Drawn one by one, so that the result does not depend on the size of the chunks.
+        drawn = [torch.randn(x.shape[1:], dtype=x.dtype, device=x.device, generator=generator) for _ in of_image]
+        noisy = x[of_image] + sigma[of_image].view(-1, *[1] * (x.dim() - 1)) * torch.stack(drawn)
+        total.index_add_(0, of_image, gradient(model, noisy, classes[of_image], criterion=criterion))
+    return total / samples
+
+
+def chunks(x: Tensor, target: Any, size: int | None) -> list[tuple[Tensor, Any]]:
+    """Pairs of at most `size` images and their targets."""
+    if size is not None and size < 1:
+        raise ValueError(f"expected chunk_size of at least 1, or None, got {size}.")
+    size = size or len(x)
+    if target is None or torch.as_tensor(target).dim() == 0:
+        return [(images, target) for images in torch.split(x, size)]
+    target = torch.as_tensor(target)
+    if len(target) != len(x):
+        raise ValueError(
+            f"expected target to be one class index or one for each of the {len(x)} images, got shape "
+            f"{tuple(target.shape)}."
+        )
+    return list(zip(torch.split(x, size), torch.split(target, size), strict=True))

@@ -1,0 +1,100 @@
+"""One layer of a model, whose output can be read or replaced during a forward pass."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from interpgrad.model import logits_of, unwrap
+
+Reshape = Callable[[Tensor], Tensor]
+
+
+class Layer:
+    """The layer of a model, given as the module or its dotted name.
+
+    reshape turns its output into (N, K, h, w), where it is not: for instance a vision transformer's tokens,
+    `lambda t: t[:, 1:].transpose(1, 2).unflatten(2, (14, 14))`.
+    """
+
+    def __init__(self, model: nn.Module, layer: nn.Module | str, reshape: Reshape | None) -> None:
+        self.model = unwrap(model)
+        self.module, self.name = _find(self.model, layer)
+        self.reshape = reshape
+
+    def run(self, x: Tensor, change: Callable[[Tensor], Tensor | None]) -> Tensor:
+        """The logits of x, with the layer's output replaced by what `change` makes of it (None: left as it is)."""
+        calls = 0
+
+        def hook(_: nn.Module, __: Any, output: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls > 1:
+                raise RuntimeError(
+                    f"expected layer {self.name!r} to be called once in a forward pass, it was called again: "
+                    "choose a layer that is used once."
+                )
+            if not isinstance(output, Tensor):
+                raise TypeError(
+                    f"expected layer {self.name!r} to return a tensor, got {type(output).__name__}: choose another one."
+                )
+            return change(output)
+
+        handle = self.module.register_forward_hook(hook)
+        try:
+            logits = logits_of(self.model(x))
+        finally:
+            handle.remove()
+        if not calls:
+            raise RuntimeError(
+                f"expected layer {self.name!r} to be called in the forward pass, it was not: choose one that the "
+                "model uses for this input (in evaluation mode)."
+            )
+        return logits
+
+    def channels(self, output: Tensor) -> Tensor:
+        """The layer's output as (N, K, h, w), in at least single precision."""
+        maps = output if self.reshape is None else self.reshape(output)
+        if not isinstance(maps, Tensor) or maps.dim() != 4 or len(maps) != len(output):
+            received = tuple(maps.shape) if isinstance(maps, Tensor) else type(maps).__name__
+            where = "" if self.reshape is None else " after reshape"
+            raise ValueError(
+                f"expected the output of layer {self.name!r} to be (N, K, h, w){where}, got {received}: choose a "
+                "convolutional layer, or pass a callable `reshape` that makes (N, K, h, w) of the output."
+            )
+        return maps.to(torch.promote_types(maps.dtype, torch.float32))
+
+    def ablate(self, output: Tensor, channel: Tensor) -> Tensor:
+        """The output of the layer with channel[i] set to 0 in row i, in place."""
+        if self.reshape is None:
+            output[torch.arange(len(output), device=output.device), channel] = 0
+            return output
+        # Which channel a value of the output belongs to: one-based, 0 for what reshape drops (a class token).
+        with torch.enable_grad():
+            values = torch.zeros_like(output[:1]).float().requires_grad_()
+            maps = self.reshape(values)
+            numbers = torch.arange(1, maps.shape[1] + 1, device=output.device, dtype=maps.dtype)
+            (channel_of,) = torch.autograd.grad(maps, values, numbers.view(1, -1, 1, 1).expand_as(maps))
+        return output.masked_fill_(channel_of == (channel + 1).view(-1, *[1] * (output.dim() - 1)), 0)
+
+
+def _find(model: nn.Module, layer: nn.Module | str) -> tuple[nn.Module, str]:
+    modules = dict(model.named_modules())
+    if isinstance(layer, str):
+        if layer in modules and layer:
+            return modules[layer], layer
+        close = difflib.get_close_matches(layer, modules, n=3, cutoff=0.3)
+        raise ValueError(
+            f"expected the dotted name of a layer of the model, got {layer!r}: close to it are "
+            f"{', '.join(map(repr, close)) or 'none'}; `model.named_modules()` lists all."
+        )
+    if not isinstance(layer, nn.Module):
+        raise TypeError(f"expected layer to be a module of the model or its dotted name, got {type(layer).__name__}.")
+    for name, module in modules.items():
+        if module is layer or module is unwrap(layer):
+            return module, name
+    raise ValueError(f"expected a layer of the model, got a {type(layer).__name__} that is not part of it.")

@@ -1,0 +1,501 @@
+"""Saliency maps: against the papers' formulas written out in loops, and against peers where they are right."""
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+import torchvision
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from nets import data, small_net
+from torch import nn
+from traces import assert_same_trace, trace
+
+from interpgrad import input_gradients, saliency
+from interpgrad.saliency import CAMS
+from interpgrad.saliency import ablation as ablation_module
+
+LAYER = "6"  # of small_net: the second ReLU, 8 channels of 4 x 4
+
+
+def literal_map(weights, a, size):
+    """ReLU of the weighted sum, resized, scaled to [0, 1], image by image."""
+    maps = []
+    for w, channels in zip(weights, a, strict=True):
+        total = sum(w[k] * channels[k] for k in range(len(channels))).clamp(min=0)
+        total = F.interpolate(total[None, None], size, mode="bilinear", align_corners=False)[0, 0]
+        spread = total.max() - total.min()
+        maps.append((total - total.min()) / spread if spread > 0 else torch.zeros_like(total))
+    return torch.stack(maps)
+
+
+def split(model, x, classes, layer=LAYER):
+    """A, G and the logits by stock autograd, the model an nn.Sequential."""
+    head, tail = model[: int(layer) + 1], model[int(layer) + 1 :]
+    a = head(x).detach().requires_grad_()
+    logits = tail(a)
+    (g,) = torch.autograd.grad(logits[range(len(x)), classes].sum(), a)
+    return a.detach(), g, logits.detach(), tail
+
+
+def literal_weights(name, model, x, classes):
+    """Every weight by the paper's formula, in loops."""
+    a, g, logits, tail = split(model, x, classes)
+    samples, channels, height, width = a.shape
+    w = torch.zeros(samples, channels, dtype=a.dtype)
+    for n in range(samples):
+        for k in range(channels):
+            if name == "grad_cam":  # Selvaraju et al., equation 1
+                w[n, k] = sum(g[n, k, i, j] for i in range(height) for j in range(width)) / (height * width)
+            elif name == "axiom_cam":  # Fu et al., equation 8
+                total = a[n, k].sum()
+                if total != 0:
+                    w[n, k] = sum(a[n, k, i, j] / total * g[n, k, i, j] for i in range(height) for j in range(width))
+            elif name == "grad_cam_pp":  # Chattopadhyay et al., equations 5 and 19, Y = exp(score)
+                y = logits[n, classes[n]].exp()
+                for i in range(height):
+                    for j in range(width):
+                        d = g[n, k, i, j]
+                        first, second, third = y * d, y * d**2, y * d**3
+                        denominator = 2 * second + (a[n, k] * third).sum()
+                        alpha = second / denominator if denominator != 0 else 0
+                        w[n, k] += alpha * max(first, torch.zeros(()))
+            elif name == "score_cam":  # Wang et al., Algorithm 1
+                mask = F.interpolate(a[n, k][None, None], x.shape[-2:], mode="bilinear", align_corners=False)
+                spread = mask.max() - mask.min()
+                mask = (mask - mask.min()) / spread if spread > 0 else torch.zeros_like(mask)
+                w[n, k] = model(x[n : n + 1] * mask)[0, classes[n]].detach()
+            elif name == "ablation_cam":  # Desai and Ramaswamy, equation 5
+                ablated = a[n : n + 1].clone()
+                ablated[0, k] = 0
+                y = logits[n, classes[n]]
+                w[n, k] = (y - tail(ablated)[0, classes[n]].detach()) / y
+        if name == "score_cam":
+            w[n] = w[n].softmax(0)
+    return w, a
+
+
+@pytest.mark.parametrize("name", CAMS)
+@pytest.mark.parametrize("seed", range(3))
+def test_formulas(name, seed):
+    model = small_net(seed).eval()
+    with torch.no_grad():
+        model[-1].bias += 10  # the paper's Ablation-CAM divides by the score: positive here
+    x, peaks = data(5, seed=seed)[0], []
+    for classes in (model(x).argmax(1), torch.tensor([0, 1, 2, 3, 0])):
+        weights, a = literal_weights(name, model, x, classes)
+        expected = literal_map(weights, a, x.shape[-2:])
+        torch.testing.assert_close(CAMS[name](model, x, LAYER, classes), expected, rtol=1e-9, atol=1e-9)
+        peaks.append(float(expected.amax()))
+    assert max(peaks) == 1  # not all of it rectified away
+
+
+def test_ablation_cam_of_a_negative_score():
+    """The paper's (y - y_k) / y changes its sign with y, and peers with it; the drop itself does not."""
+    model = small_net().eval()
+    with torch.no_grad():
+        model[-1].bias -= 100
+    x, classes = data()
+    weights, a = literal_weights("ablation_cam", model, x, classes)
+    ours = saliency.ablation_cam(model, x, LAYER, classes)
+    torch.testing.assert_close(ours, literal_map(-weights, a, x.shape[-2:]), rtol=1e-9, atol=1e-9)
+    assert (ours - literal_map(weights, a, x.shape[-2:])).abs().max() > 0.5
+    peer = peer_map("AblationCAM", model.float(), x.float(), LAYER, classes)
+    assert (ours - peer).abs().max() > 0.5
+
+
+# ---- peers
+
+PEERS = {
+    "grad_cam": "GradCAM",
+    "grad_cam_pp": "GradCAMPlusPlus",
+    "score_cam": "ScoreCAM",
+    "ablation_cam": "AblationCAM",
+    "axiom_cam": "XGradCAM",
+}
+# Layers whose output is that of a ReLU: elsewhere the peer's Ablation-CAM writes -1e7 into a channel, not 0.
+ARCHITECTURES = {
+    "resnet18": (lambda: torchvision.models.resnet18(), "layer2", 64),
+    "vgg11_bn": (lambda: torchvision.models.vgg11_bn(), "features.6", 32),
+    "squeezenet1_1": (lambda: torchvision.models.squeezenet1_1(), "features.4", 64),
+    "googlenet": (lambda: torchvision.models.googlenet(init_weights=False, aux_logits=False), "inception3a", 64),
+    "regnet_y_400mf": (lambda: torchvision.models.regnet_y_400mf(), "trunk_output.block2", 64),
+}
+
+
+def peer_map(name, model, x, layer, classes):
+    """pytorch-grad-cam's map. Its Score-CAM resizes with aligned corners, which the authors' code does not."""
+    import pytorch_grad_cam
+    from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+
+    resize = nn.UpsamplingBilinear2d
+    nn.UpsamplingBilinear2d = lambda size: nn.Upsample(size, mode="bilinear", align_corners=False)
+    try:
+        with getattr(pytorch_grad_cam, name)(model, [model.get_submodule(layer)]) as cam:
+            maps = cam(x, [ClassifierOutputTarget(int(c)) for c in classes])
+    finally:
+        nn.UpsamplingBilinear2d = resize
+    return torch.as_tensor(np.asarray(maps))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("name", CAMS)
+def test_pytorch_grad_cam(name, architecture, capfd):
+    pytest.importorskip("pytorch_grad_cam")
+    torch.manual_seed(1)
+    build, layer, size = ARCHITECTURES[architecture]
+    model = build().eval()
+    head = [module for module in model.modules() if isinstance(module, (nn.Linear, nn.Conv2d))][-1]
+    with torch.no_grad():
+        # The peer adds 1e-6 to Grad-CAM++'s denominator, of the order of G²: scores so large that this is nothing.
+        # Positive ones: its Ablation-CAM divides by them.
+        head.weight *= 1e5 if name == "grad_cam_pp" else 10
+        if head.bias is not None:
+            head.bias += 20
+    x = torch.rand(2, 3, size, size)
+    classes = model(x).detach().argmax(1)
+    ours = CAMS[name](model, x, layer)
+    expected = peer_map(PEERS[name], model, x, layer, classes)
+    assert expected.std() > 0.1
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-3)
+
+
+def test_grad_cam_pp_of_small_gradients():
+    """G² is nothing to the peers' 1e-6 and 1e-8, and underflows in single precision; the formula has no such scale."""
+    x, classes = data()
+    model = small_net().eval()
+    weights, a = literal_weights("grad_cam_pp", model, x, classes)
+    expected = literal_map(weights, a, x.shape[-2:])
+    with torch.no_grad():  # the same function of 1e20 times larger activations: G is smaller by as much
+        model[3] = nn.Sequential(model[3])
+        scaled = small_net().eval()
+        scaled[4].weight *= 1
+        scaled[5].weight *= 1e20
+        scaled[5].bias *= 1e20
+        scaled[9].weight /= 1e20
+    ours = saliency.grad_cam_pp(scaled.float(), x.float(), LAYER, classes)
+    torch.testing.assert_close(ours, expected.float(), rtol=1e-4, atol=1e-4)
+
+
+def test_vision_transformer_with_reshape():
+    pytest.importorskip("pytorch_grad_cam")
+    import pytorch_grad_cam
+    from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+
+    model = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=3).eval()
+    nn.init.normal_(model.head.weight)
+    x, reshape = torch.rand(2, 3, 64, 64), lambda t: t[:, 1:].transpose(1, 2).unflatten(2, (4, 4))
+    layer = model.blocks[-1].norm1
+    classes = model(x).detach().argmax(1)
+    ours = saliency.grad_cam(model, x, layer, reshape=reshape)
+    with pytorch_grad_cam.GradCAM(model, [layer], reshape_transform=reshape) as cam:
+        expected = torch.as_tensor(cam(x, [ClassifierOutputTarget(int(c)) for c in classes]))
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-3)
+
+    # Ablation-CAM: a channel of the image's tokens, not of the class token, which reshape drops.
+    def score(tokens=None):
+        handle = layer.register_forward_hook(lambda *_: tokens)
+        try:
+            return model(x)[range(2), classes].detach()
+        finally:
+            handle.remove()
+
+    seen = []
+    handle = layer.register_forward_hook(lambda _, __, output: seen.append(output.detach()))
+    y = score()
+    handle.remove()
+    drops = torch.zeros(2, seen[0].shape[2])
+    for k in range(drops.shape[1]):
+        tokens = seen[0].clone()
+        tokens[:, 1:, k] = 0
+        drops[:, k] = y - score(tokens)
+    ablated = saliency.ablation_cam(model, x, layer, reshape=reshape)
+    torch.testing.assert_close(ablated, literal_map(drops, reshape(seen[0]), (64, 64)), rtol=0, atol=1e-3)
+
+
+# ---- the three ways of Ablation-CAM
+
+
+def ways(monkeypatch):
+    """Which ways were finished."""
+    used = []
+    for name in ("_after_layer", "_after_layer_one_by_one", "_whole_network"):
+        way = getattr(ablation_module, name)
+
+        def noted(*args, name=name, way=way):
+            result = way(*args)
+            used.append(name)
+            return result
+
+        monkeypatch.setattr(ablation_module, name, noted)
+    return used
+
+
+def literal_ablation(model, x, layer, classes):
+    module, seen = model.get_submodule(layer), []
+    handle = module.register_forward_hook(lambda _, __, output: seen.append(output.detach().clone()))
+    with torch.no_grad():
+        y = model(x)[range(len(x)), classes]
+        handle.remove()
+        drops = torch.zeros(seen[0].shape[:2], dtype=x.dtype)
+        for k in range(drops.shape[1]):
+            output = seen[0].clone()
+            output[:, k] = 0
+            handle = module.register_forward_hook(lambda *_, output=output: output)
+            drops[:, k] = y - model(x)[range(len(x)), classes]
+            handle.remove()
+    return literal_map(drops, seen[0], x.shape[-2:])
+
+
+class Residual(nn.Module):
+    """A layer beside a skip connection, and one whose shape is remembered from before it."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.stem, self.branch = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+        self.head, self.kind = nn.Linear(8 if kind == "cat" else 4, 4), kind
+
+    def forward(self, x):
+        before = self.stem(x).relu()
+        h = self.branch(before)
+        if self.kind == "add":
+            h = h + before
+        elif self.kind == "cat":
+            h = torch.cat([h, before], 1)
+        elif self.kind == "batch size":
+            h = h.view(len(x), -1, *x.shape[2:])[:, :4]
+        return self.head(h.relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "way"),
+    [
+        ("plain", "_after_layer"),
+        ("add", "_after_layer_one_by_one"),
+        ("cat", "_whole_network"),
+        ("batch size", "_whole_network"),
+    ],
+)
+def test_layers_inside_of_residual_branches(kind, way, monkeypatch):
+    torch.manual_seed(0)
+    model, (x, classes) = Residual(kind).double().eval(), data()
+    expected = literal_ablation(model, x, "branch", classes)
+    used = ways(monkeypatch)
+    for chunk_size in (64, None, 3, 1):
+        ours = saliency.ablation_cam(model, x, "branch", classes, chunk_size=chunk_size)
+        torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-9)
+        assert chunk_size != 64 or used[-1] == way  # a single image in a chunk broadcasts with its copies
+
+
+# ---- invariances
+
+
+@settings(max_examples=40)
+@given(
+    st.sampled_from(sorted(CAMS)),
+    st.integers(1, 4),
+    st.sampled_from([None, 1, 2, 7]),
+    st.integers(0, 3),
+    st.booleans(),
+)
+def test_a_map_depends_on_its_image_alone(name, samples, chunk_size, target, module):
+    """Neither on the batch, nor on the size of the chunks; one target for all equals that target for each."""
+    model = small_net().eval()
+    x = data(samples)[0]
+    together = CAMS[name](model, x, model[6] if module else LAYER, target, chunk_size=chunk_size)
+    alone = torch.cat([CAMS[name](model, image[None], LAYER, torch.tensor([target])) for image in x])
+    torch.testing.assert_close(together, alone, rtol=1e-9, atol=1e-9)
+    assert together.shape == (samples, 8, 8)
+    assert ((together >= 0) & (together <= 1)).all()
+
+
+@settings(max_examples=20)
+@given(st.sampled_from(["grad_cam", "ablation_cam", "axiom_cam"]), st.floats(1e-3, 1e3))
+def test_scaled_logits_leave_linear_methods_alone(name, factor):
+    model, x = small_net().eval(), data()[0]
+    before = CAMS[name](model, x, LAYER)
+    with torch.no_grad():
+        model[-1].weight *= factor
+        model[-1].bias *= factor
+    torch.testing.assert_close(CAMS[name](model, x, LAYER), before, rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", CAMS)
+def test_the_predicted_class_is_the_default(name):
+    model, x = small_net().eval(), data(8)[0]
+    with torch.no_grad():
+        model[-1].bias -= model(x).mean(0)
+    predicted = model(x).argmax(1)
+    assert len(predicted.unique()) > 1
+    assert torch.equal(CAMS[name](model, x, LAYER), CAMS[name](model, x, LAYER, predicted))
+
+
+@pytest.mark.parametrize("name", CAMS)
+@pytest.mark.parametrize("channels", [1, 7])
+def test_any_number_of_channels_and_dead_ones(name, channels):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, channels, 3), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 4)
+    ).double()
+    x = data()[0]
+    assert CAMS[name](model, x, "1").shape == (3, 8, 8)
+    with torch.no_grad():
+        model[0].bias -= 100  # all channels dead
+    maps = CAMS[name](model, x, "1")
+    assert torch.equal(maps, torch.zeros_like(maps))
+
+
+def test_layers_followed_by_in_place_activations():
+    inplace, plain, x = small_net(inplace=True).eval(), small_net().eval(), data()[0]
+    for name, cam in CAMS.items():
+        torch.testing.assert_close(cam(inplace, x, "5"), cam(plain, x, "5"), msg=name)
+
+
+def test_half_precision():
+    model, x = small_net().eval(), data()[0]
+    for name, cam in CAMS.items():
+        maps = cam(small_net().eval().bfloat16(), x.bfloat16(), LAYER, 1)
+        assert maps.dtype == torch.float32
+        assert (maps - cam(model, x, LAYER, 1)).abs().mean() < 0.05, name
+
+
+# ---- gradients
+
+
+def test_gradients_are_those_of_input_gradients():
+    model, (x, y) = small_net().eval(), data()
+    delta, guided = input_gradients(model, x, y, criterion="logit")
+    for chunk_size in (None, 2):
+        torch.testing.assert_close(saliency.gradient(model, x, y, chunk_size=chunk_size), delta)
+        torch.testing.assert_close(saliency.guided_gradient(model, x, y, chunk_size=chunk_size), guided)
+    of_loss = input_gradients(model, x, y)
+    torch.testing.assert_close(saliency.gradient(model, x, y, criterion=None), of_loss[0])
+    torch.testing.assert_close(saliency.guided_gradient(model, x, y, criterion=None), of_loss[1])
+    model.train()  # and yet in evaluation mode
+    torch.testing.assert_close(saliency.gradient(model, x, y), delta)
+
+
+def test_captum():
+    attr = pytest.importorskip("captum.attr")
+    model, (x, y) = small_net().eval(), data()
+    expected = attr.Saliency(model).attribute(x.clone().requires_grad_(), y, abs=False)
+    torch.testing.assert_close(saliency.gradient(model, x, y), expected)
+    expected = attr.GuidedBackprop(small_net().eval()).attribute(x.clone().requires_grad_(), y)
+    torch.testing.assert_close(saliency.guided_gradient(model, x, y), expected)
+
+
+def test_smooth_gradient():
+    model, (x, y) = small_net().eval(), data()
+    torch.testing.assert_close(
+        saliency.smooth_gradient(model, x, y, noise=0, samples=3), saliency.gradient(model, x, y)
+    )
+    generator = torch.Generator().manual_seed(5)
+    expected = torch.zeros_like(x)
+    for n, image in enumerate(x):
+        for _ in range(6):
+            noisy = image + 0.2 * (image.max() - image.min()) * torch.randn(
+                image.shape, dtype=x.dtype, generator=generator
+            )
+            expected[n] += saliency.gradient(model, noisy[None], y[n : n + 1])[0] / 6
+    for chunk_size in (None, 64, 4, 1):
+        generator.manual_seed(5)
+        ours = saliency.smooth_gradient(model, x, y, noise=0.2, samples=6, chunk_size=chunk_size, generator=generator)
+        torch.testing.assert_close(ours, expected)
+    assert torch.equal(saliency.smooth_gradient(model, x), saliency.smooth_gradient(model, x))
+    predicted = model(x).argmax(1)
+    assert torch.equal(saliency.smooth_gradient(model, x), saliency.smooth_gradient(model, x, predicted))
+    with pytest.raises(ValueError, match=r"expected noise >= 0 and samples >= 1"):
+        saliency.smooth_gradient(model, x, samples=0)
+
+
+# ---- no trace, errors
+
+GRADIENTS = {name: getattr(saliency, name) for name in ("gradient", "guided_gradient", "smooth_gradient")}
+
+
+@pytest.mark.parametrize("name", [*GRADIENTS, *CAMS])
+@pytest.mark.parametrize("fails", [False, True])
+def test_no_trace(name, fails):
+    model, (x, y) = small_net(inplace=True).train(), data()
+    model[5].eval()  # a frozen batch norm among modules in training
+    F.cross_entropy(model(x), y).backward()
+    x.requires_grad_()
+    arguments = (LAYER,) if name in CAMS else ()
+    before = trace(model)
+    if fails:
+        model[11].register_forward_pre_hook(lambda *_: 1 / 0)
+        before = trace(model)
+        with pytest.raises(ZeroDivisionError):
+            ({**GRADIENTS, **CAMS}[name])(model, x, *arguments)
+    else:
+        maps = ({**GRADIENTS, **CAMS}[name])(model, x, *arguments)
+        assert not maps.requires_grad
+    assert_same_trace(before, trace(model))
+    assert x.grad is None
+    with torch.no_grad():
+        if not fails:
+            assert torch.equal(({**GRADIENTS, **CAMS}[name])(model, x, *arguments), maps)
+
+
+class Odd(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.unused, self.pair = nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 3, 1), Pair()
+        self.head = nn.Linear(3, 4)
+
+    def forward(self, x):
+        h = self.body(self.body(x).relu())
+        return self.head(self.pair(h)[0].mean((2, 3)))
+
+
+class Pair(nn.Module):
+    def forward(self, h):
+        return h, h
+
+
+@pytest.mark.parametrize("name", CAMS)
+@pytest.mark.parametrize(
+    ("layer", "error", "message"),
+    [
+        ("body", RuntimeError, "expected layer 'body' to be called once in a forward pass, it was called again"),
+        ("unused", RuntimeError, "expected layer 'unused' to be called in the forward pass, it was not"),
+        ("pair", TypeError, "expected layer 'pair' to return a tensor, got tuple"),
+        ("head", ValueError, r"expected the output of layer 'head' to be \(N, K, h, w\), got \(3, 4\)"),
+        ("bodi", ValueError, "expected the dotted name of a layer of the model, got 'bodi': close to it are 'body'"),
+        ("", ValueError, "expected the dotted name"),
+        (nn.ReLU(), ValueError, "expected a layer of the model, got a ReLU that is not part of it"),
+        (3, TypeError, "expected layer to be a module of the model or its dotted name, got int"),
+    ],
+)
+def test_layers_that_cannot_serve(name, layer, error, message):
+    model = Odd().double()
+    before = trace(model)
+    with pytest.raises(error, match=message):
+        CAMS[name](model, data()[0], layer)
+    assert_same_trace(before, trace(model))
+
+
+@pytest.mark.parametrize("name", CAMS)
+def test_bad_input(name):
+    model, x = small_net(), data()[0]
+    for arguments, error, message in (
+        ((x.long(), LAYER), TypeError, "floating point"),
+        ((x[:0], LAYER), ValueError, "at least one image"),
+        ((x.flatten(1), LAYER), ValueError, r"images \(N, C, H, W\)"),
+        ((x, LAYER, 4), ValueError, "expected class indices from 0 to 3, got 4 to 4"),
+        ((x, LAYER, torch.tensor([0, 1])), ValueError, "one class index or one for each of the 3 images"),
+        ((x, LAYER, torch.tensor([0.0, 1, 2])), TypeError, "class indices"),
+    ):
+        with pytest.raises(error, match=message):
+            CAMS[name](model, *arguments)
+    with pytest.raises(ValueError, match="chunk_size of at least 1"):
+        CAMS[name](model, x, LAYER, chunk_size=0)
+
+
+def test_wrapped_models():
+    model, x = small_net().eval(), data()[0]
+    for name, cam in CAMS.items():
+        expected = cam(model, x, LAYER)
+        assert torch.equal(cam(nn.DataParallel(model), x, LAYER), expected), name
+        assert torch.equal(cam(torch.compile(model), x, LAYER), expected), name
