@@ -274,6 +274,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=positive, help="number of seeds (3)")
     parser.add_argument("--output", type=Path, default=Path("demo.png"), help="the picture (%(default)s)")
     parser.add_argument("--json", type=Path, help="store the figures of every seed here")
+    parser.add_argument("--save", type=Path, help="store the networks of the last seed in this folder, for evaluate.py")
     return parser.parse_args()
 
 
@@ -306,6 +307,11 @@ def main() -> None:
     print(f"\nmean ± standard deviation over {len(seeds)} seeds, δ of the {options.criterion}\n\n{table(rows)}\n")
     if images.evidence is not None:
         print(f"chance: {images.evidence.float().mean():.3f} of the pixels belong to a digit")
+    if options.save:
+        from networks import save
+
+        for run, name in zip(runs, ("without", "with"), strict=True):
+            save(run.model, images.classes, options.save / f"{name}.pt")
     picture(runs[0], runs[1], images, options.output)
     print(f"wrote {options.output} ({time.perf_counter() - began:.0f} s)")
     if options.json:

@@ -33,6 +33,8 @@ from interpgrad.saliency.ablation import ablated_scores, in_chunks
 from interpgrad.saliency.gradients import chunks
 from interpgrad.saliency.layer import Layer, Reshape
 
+_IMAGES = 64  # at once through the whole network, where the copies run through its end only
+
 
 def grad_cam(
     model: nn.Module,
@@ -150,7 +152,7 @@ def ablation_cam(
     target: Any = None,
     *,
     reshape: Reshape | None = None,
-    chunk_size: int | None = 256,
+    chunk_size: int | None = 512,
 ) -> Tensor:
     """Ablation-CAM: w_k is by how much y drops when A_k is set to 0.
 
@@ -168,7 +170,7 @@ def ablation_cam(
     probe = _prepare(model, x, layer, reshape)
     maps = []
     with evaluation_mode(model), torch.no_grad():
-        for images, given in chunks(x.detach(), target, chunk_size):
+        for images, given in chunks(x.detach(), target, _IMAGES if chunk_size is None else min(chunk_size, _IMAGES)):
             a, classes, score = _read(probe, images, given)
             alive = a.flatten(2).any(2)
             ablated = score[:, None].expand(alive.shape).clone()

@@ -1,0 +1,181 @@
+"""Two gloo processes: the gradients are those of one process on the whole batch."""
+
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from nets import data
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from interpgrad import InterpretableGradientLoss
+
+WORLD = 2
+
+
+def spawn(function, *arguments):
+    """Run a function of this module as each of two ranks; what one raises is raised here."""
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(_rank, (str(Path(folder) / "store"), function, arguments), nprocs=WORLD)
+
+
+def _rank(rank, store, function, arguments):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD)
+    try:
+        function(rank, *arguments)
+    finally:
+        dist.destroy_process_group()
+
+
+def net():
+    """No batch norm: its statistics would be those of half a batch."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 6, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(6, 8, 3, groups=2),
+        nn.GroupNorm(2, 8),
+        nn.ReLU(inplace=True),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(32, 4),
+    ).double()
+
+
+def batches():
+    """Two batches of 8, of which each rank has its half."""
+    return [data(8, seed=seed) for seed in range(2)]
+
+
+def half(rank, tensor):
+    return tensor[4 * rank : 4 * rank + 4]
+
+
+def term(model, reg, x, y, shared):
+    if shared:
+        with reg.shared_forward():
+            logits = model(x)
+    else:
+        logits = model(x)
+    return F.cross_entropy(logits, y) + reg(x, y)
+
+
+def whole_batch_gradients(accumulate):
+    """Per batch, or summed over the batches, in one process."""
+    model = net()
+    reg, found = InterpretableGradientLoss(model, lam=0.5), []
+    for x, y in batches():
+        if not accumulate:
+            model.zero_grad()
+        term(model, reg, x, y, shared=False).backward()
+        found.append({name: value.grad.clone() for name, value in model.named_parameters()})
+    return found
+
+
+def assert_equal(model, expected):
+    found = {name.removeprefix("module."): value.grad for name, value in model.named_parameters()}
+    assert found.keys() == expected.keys()
+    for name, gradient in found.items():
+        if hasattr(gradient, "full_tensor"):
+            gradient = gradient.full_tensor()
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-10, atol=1e-10, msg=name)
+
+
+DDP = [{}, {"find_unused_parameters": True}, {"static_graph": True}, {"gradient_as_bucket_view": True}]
+
+
+def ddp(rank, settings, shared):
+    model = DistributedDataParallel(net(), **settings)
+    reg = InterpretableGradientLoss(model, lam=0.5)
+    for (x, y), expected in zip(batches(), whole_batch_gradients(accumulate=False), strict=True):
+        model.zero_grad()
+        term(model, reg, half(rank, x), half(rank, y), shared).backward()
+        assert_equal(model, expected)
+    assert "7.bias" in expected
+
+
+@pytest.mark.parametrize("settings", DDP, ids=lambda settings: next(iter(settings), "default"))
+@pytest.mark.parametrize("shared", [False, True])
+def test_ddp(settings, shared):
+    spawn(ddp, settings, shared)
+
+
+def ddp_no_sync(rank, shared):
+    model = DistributedDataParallel(net())
+    reg = InterpretableGradientLoss(model, lam=0.5)
+    first, second = batches()
+    with model.no_sync():
+        term(model, reg, half(rank, first[0]), half(rank, first[1]), shared).backward()
+    local = {name: value.grad.clone() for name, value in model.named_parameters()}
+    term(model, reg, half(rank, second[0]), half(rank, second[1]), shared).backward()
+    assert_equal(model, whole_batch_gradients(accumulate=True)[-1])
+    name = "module.0.weight"
+    assert not torch.allclose(local[name], whole_batch_gradients(accumulate=False)[0]["0.weight"])  # not yet averaged
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_ddp_accumulation_without_synchronization(shared):
+    spawn(ddp_no_sync, shared)
+
+
+def ddp_every(rank):
+    """Lazy steps take part in the reduction like any other."""
+    model = DistributedDataParallel(net())
+    reg = InterpretableGradientLoss(model, lam=0.5, every=2)
+    single = net()
+    alone = InterpretableGradientLoss(single, lam=0.5, every=2)
+    for x, y in batches() * 2:
+        for each in (model, single):
+            each.zero_grad()
+        term(model, reg, half(rank, x), half(rank, y), True).backward()
+        term(single, alone, x, y, True).backward()
+        assert_equal(model, {name: value.grad for name, value in single.named_parameters()})
+
+
+def test_ddp_every():
+    spawn(ddp_every)
+
+
+def fsdp2(rank, shared):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = net()
+    mesh = init_device_mesh("cpu", (WORLD,))
+    for index in (0, 2, 7):
+        fully_shard(model[index], mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    reg = InterpretableGradientLoss(model, lam=0.5)
+    x, y = batches()[0]
+    message = r"call model.set_reshard_after_backward\(False\)"
+    with pytest.raises(RuntimeError, match=message):
+        term(model, reg, half(rank, x), half(rank, y), shared)
+    model.zero_grad()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    single = net()
+    alone, reference = InterpretableGradientLoss(single, lam=0.5), torch.optim.SGD(single.parameters(), lr=0.1)
+    for x, y in batches() * 2:
+        optimizer.zero_grad()
+        model.set_reshard_after_backward(False)  # the inner gradients leave the parameters where they are
+        loss = term(model, reg, half(rank, x), half(rank, y), shared)
+        model.set_reshard_after_backward(True)  # the last pass of the step frees them
+        loss.backward()
+        reference.zero_grad()
+        term(single, alone, x, y, shared).backward()
+        assert_equal(model, {name: value.grad for name, value in single.named_parameters()})
+        optimizer.step()
+        reference.step()
+        for (name, value), expected in zip(model.named_parameters(), single.parameters(), strict=True):
+            assert type(value).__name__ == "Parameter"
+            assert type(value.data).__name__ == "DTensor", name  # sharded again
+            torch.testing.assert_close(value.full_tensor(), expected)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_fsdp2(shared):
+    spawn(fsdp2, shared)

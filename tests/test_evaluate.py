@@ -1,0 +1,192 @@
+"""Table 2 of one network or two: its figures, its files, going on after an interruption, its complaints."""
+
+import csv
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+
+ROOT = Path(__file__).parent.parent
+pytest.importorskip("torchmetrics")
+pytest.importorskip("matplotlib")
+
+from PIL import Image  # noqa: E402
+
+sys.path.insert(0, str(ROOT / "examples"))
+import evaluate  # noqa: E402
+import networks  # noqa: E402
+import quickstart  # noqa: E402
+
+from interpgrad import metrics, saliency  # noqa: E402
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path, capsys):
+    """evaluate.py with these arguments, in an empty folder: what it printed."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
+        evaluate.main()
+        return capsys.readouterr().out
+
+    return call
+
+
+@pytest.fixture
+def checkpoints(tmp_path):
+    """Two small networks, untrained but for their statistics."""
+    for seed, name in enumerate(("without", "with")):
+        torch.manual_seed(seed)
+        model = quickstart.small_resnet(10)
+        model.train()(torch.rand(32, 3, 32, 32))
+        networks.save(model, [str(digit) for digit in range(10)], tmp_path / f"{name}.pt")
+    return tmp_path / "without.pt", tmp_path / "with.pt"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    for name in ("dark", "light"):
+        target = tmp_path / "photos" / "test" / name
+        target.mkdir(parents=True)
+        for index in range(3):
+            pixels = torch.randint(0, 256, (70, 90, 3), generator=generator).byte()
+            Image.fromarray(pixels.numpy()).save(target / f"{index}.png")
+    return tmp_path / "photos"
+
+
+QUICK = ("--limit", 6, "--methods", "grad_cam", "axiom_cam", "--protocol", "ca_stream")
+
+
+def test_table_of_one_network(run, checkpoints):
+    """Every figure is what the library says of the same images."""
+    text = run(checkpoints[0], "--limit", 5, "--plot")
+    network = networks.load(str(checkpoints[0]), 10)
+    task = evaluate.read_task(None, 32, 5)
+    ((x, y),) = task.batches(64)
+    rows = list(csv.DictReader(Path("evaluation/table.csv").read_text().splitlines()))
+    assert [row["method"] for row in rows] == list(saliency.CAMS)
+    for row in rows:
+        maps = saliency.CAMS[row["method"]](network.model, x, "6")
+        for name, values in metrics.faithfulness(network.model, x, maps).items():
+            assert float(row[name]) == pytest.approx(100 * float(values.mean()), abs=1e-4)
+    accuracy = 100 * float((network.model(x).argmax(1) == y).float().mean())
+    assert f"accuracy without {accuracy:.1f}%" in text
+    assert "protocol rise: insertion from a 11x11" in text
+    assert "layer 6" in text
+    assert Path("evaluation/table.md").read_text() in text
+    for name in ("gradients", "cams", "curves"):
+        assert Path(f"evaluation/{name}.png").stat().st_size > 10_000
+
+
+def test_comparison_of_two(run, checkpoints):
+    text = run(checkpoints[0], "--compare", checkpoints[1], *QUICK)
+    stored = json.loads(Path("evaluation/results.json").read_text())
+    assert [row["network"] for row in stored["rows"]] == ["without", "with", "difference"] * 2
+    before, after, difference = stored["rows"][:3]
+    for name in evaluate.METRICS:
+        mean, low, high = difference[name]
+        assert mean == pytest.approx(after[name] - before[name])
+        assert low <= mean <= high
+    assert "paired bootstrap" in text
+    assert re.search(r"\| Grad-CAM \| difference \| [+-]\d+\.\d\d \[", text)
+
+
+def test_a_network_does_not_differ_from_itself(run, checkpoints):
+    text = run(checkpoints[0], "--compare", checkpoints[0], *QUICK)
+    assert text.count("+0.00 [+0.00, +0.00]") == 10
+    assert "*" not in text.replace("* where", "")
+
+
+def test_bootstrap_covers_the_mean_difference():
+    """95% intervals of 100 experiments, of differences with mean 1: neither all nor few of them hold it."""
+    generator = torch.Generator().manual_seed(0)
+    covered = 0
+    for _ in range(100):
+        before = torch.randn(40, generator=generator)
+        after = before + 1 + torch.randn(40, generator=generator)
+        mean, low, high = evaluate.bootstrap(before.tolist(), after.tolist(), generator)
+        assert mean == pytest.approx(float((after - before).mean()), abs=1e-6)
+        covered += low <= 1 <= high
+    assert 86 <= covered <= 100
+
+
+def test_goes_on_after_an_interruption(run, checkpoints, monkeypatch):
+    original, seen = evaluate.evaluate, []
+
+    def interrupted(network, task, layer, method, options):
+        seen.append(method)
+        if seen == ["grad_cam", "axiom_cam"]:
+            raise KeyboardInterrupt
+        return original(network, task, layer, method, options)
+
+    monkeypatch.setattr(evaluate, "evaluate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(checkpoints[0], *QUICK)
+    run(checkpoints[0], *QUICK)
+    assert seen == ["grad_cam", "axiom_cam", "axiom_cam"]
+    run(checkpoints[0], *QUICK)
+    assert len(seen) == 3
+    run(checkpoints[0], *QUICK, "--target", "label")  # other settings: nothing of it may be used
+    assert len(seen) == 5
+    checkpoints[1].rename(checkpoints[0])  # other weights under the same name
+    run(checkpoints[0], *QUICK)
+    assert len(seen) == 7
+
+
+def test_folder_and_weights_of_a_torchvision_model(run, folder, tmp_path):
+    torch.manual_seed(0)
+    model = torchvision.models.resnet18(num_classes=2)
+    torch.save({"model": {f"module.{k}": v for k, v in model.state_dict().items()}, "epoch": 3}, tmp_path / "m.pt")
+    text = run("resnet18:m.pt", "--data", folder, "--size", 64, "--methods", "grad_cam", "--protocol", "ca_stream")
+    assert "6 images of 64x64" in text
+    assert "layer layer4" in text
+    network = networks.load("resnet18:m.pt", 2, 64)
+    assert network.mean == networks.IMAGENET[0]
+    x = torch.rand(2, 3, 64, 64)
+    assert torch.equal(network.model(x), model.eval()(x))
+
+
+def test_cifar(run, checkpoints, tmp_path):
+    """As torchvision stores it."""
+    import pickle
+
+    data = tmp_path / "cifar" / "cifar-10-batches-py"
+    data.mkdir(parents=True)
+    pixels = torch.randint(0, 256, (8, 3072), generator=torch.Generator().manual_seed(0)).byte().numpy()
+    names = ["data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4", "data_batch_5", "test_batch"]
+    for name in names:
+        (data / name).write_bytes(pickle.dumps({"data": pixels, "labels": list(range(8))}))
+    (data / "batches.meta").write_bytes(pickle.dumps({"label_names": [str(n) for n in range(10)]}))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torchvision.datasets.CIFAR10, "_check_integrity", lambda _: True)
+        patch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
+        text = run(checkpoints[0], "--data", tmp_path / "cifar", *QUICK)
+    assert "cifar, 6 images of 32x32" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nonesuch"], "expected a checkpoint, NAME:CHECKPOINT or the NAME of a torchvision or timm model"),
+        (["resnet18:missing.pt"], "expected a checkpoint at missing.pt, found no file"),
+        (["without.pt", "--data", "missing"], "expected missing to hold test/ or val/"),
+        (["broken.pt"], "expected a checkpoint of tensors in broken.pt"),
+        (["foreign.pt"], "it names no architecture: give it as NAME:foreign.pt"),
+        (["resnet18:foreign.pt"], "expected the weights of a ResNet in foreign.pt"),
+        (["without.pt", "--compare", "resnet18:big.pt"], "expected networks of one image size, got"),
+    ],
+)
+def test_complaints(arguments, message, run, checkpoints, tmp_path, capsys):
+    (tmp_path / "broken.pt").write_bytes(b"no checkpoint")
+    torch.save({"state_dict": {"weight": torch.zeros(2)}}, tmp_path / "foreign.pt")
+    torch.save(torchvision.models.resnet18(num_classes=10).state_dict(), tmp_path / "big.pt")
+    with pytest.raises(SystemExit) as exit_info:
+        run(*arguments)
+    assert exit_info.value.code == 2
+    assert message in capsys.readouterr().err
