@@ -27,6 +27,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from interpgrad import InterpretableGradientLoss, graph
@@ -105,6 +106,9 @@ def contenders(
     reg = InterpretableGradientLoss(model, lam=LAM, activations=activations)
     lazy = InterpretableGradientLoss(model, lam=LAM, activations=activations, every=4)
 
+    def differentiable_attention() -> Any:  # the others have no double backward
+        return sdpa_kernel(SDPBackend.MATH)
+
     def input_gradient(images: Tensor, logits: Tensor, create_graph: bool) -> Tensor:
         loss = F.cross_entropy(logits, y, reduction="sum")
         return torch.autograd.grad(loss, images, retain_graph=True, create_graph=create_graph)[0]
@@ -114,7 +118,7 @@ def contenders(
             return F.cross_entropy(model(x), y)
 
     def usual() -> Tensor:
-        with autocast():
+        with autocast(), differentiable_attention():
             images = x.clone().requires_grad_()
             delta = input_gradient(images, model(images), create_graph=True)
             guided_images = x.clone().requires_grad_()
@@ -123,7 +127,7 @@ def contenders(
             return F.cross_entropy(model(x), y) + LAM * cos(delta.float(), guided.float()).mean()
 
     def stock() -> Tensor:
-        with autocast():
+        with autocast(), differentiable_attention():
             images = x.clone().requires_grad_()
             logits = model(images)
             with guided_backward(list(graph.nodes(logits, until=images)), activations):

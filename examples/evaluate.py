@@ -270,10 +270,15 @@ def pictures(
         deleted[network.name] = metrics.deletion_curve(network.model, x, maps, protocol=options.protocol)
     title = f"Input gradients of the predicted class's logit, {task.name}"
     plot.gradients(images, of_gradients, labels=names, title=title).savefig(options.output / "gradients.png", dpi=150)
+    of_maps = {name: of_maps[name] for name in sorted(of_maps, key=_method)}  # networks side by side
     title = f"Class activation maps of the predicted class, {task.name}"
     plot.cams(images, of_maps, labels=names, title=title).savefig(options.output / "cams.png", dpi=150)
     title = f"{TITLES[options.methods[0]]}, mean over {len(x)} images, protocol {options.protocol}"
     plot.curves(inserted, deleted, title=title).savefig(options.output / "curves.png", dpi=150)
+
+
+def _method(column: str) -> int:
+    return list(TITLES.values()).index(column.partition("\n")[0])
 
 
 def arguments() -> argparse.Namespace:

@@ -251,5 +251,7 @@ def _refuse_unusable(module: nn.Module) -> None:
             if any(getattr(group, "reshard_after_backward", False) for group in groups):
                 raise RuntimeError(
                     "expected parameters that stay after a backward pass, got an FSDP2 module that frees them "
-                    f"({type(part).__name__}): call model.set_reshard_after_backward(False) once after fully_shard."
+                    f"({type(part).__name__}): call model.set_reshard_after_backward(False) before the forward pass, "
+                    "and model.set_reshard_after_backward(True) before loss.backward(), or the next step uses old "
+                    "parameters."
                 )

@@ -50,7 +50,9 @@ def gradients(
         for axis, values in zip(grid[row][1:], shown.values(), strict=True):
             drawn = axis.imshow(values[row].numpy(), cmap=_SIGNED, vmin=-limit, vmax=limit)
     _headings(grid[0], ["image", *shown])
-    bar = figure.colorbar(drawn, ax=[axis for row in grid for axis in row], shrink=0.6, aspect=30, extend="both")
+    bar = figure.colorbar(
+        drawn, ax=[axis for row in grid for axis in row], shrink=0.6, aspect=30, pad=0.01, extend="both"
+    )
     bar.set_label("gradient, summed over colours, unit norm", fontsize=_FONT)
     return figure
 
@@ -91,7 +93,7 @@ def cams(
                 interpolation="bilinear",
             )
     _headings(grid[0], ["image", *columns])
-    bar = figure.colorbar(drawn, ax=[axis for row in grid for axis in row], shrink=0.6, aspect=30)
+    bar = figure.colorbar(drawn, ax=[axis for row in grid for axis in row], shrink=0.6, aspect=30, pad=0.01)
     bar.set_label("saliency", fontsize=_FONT)
     return figure
 

@@ -21,8 +21,8 @@ def test_tables_are_the_stored_results(file):
     assert (ROOT / file).read_text() == tables.rendered(file), "run python benchmarks/tables.py"
 
 
-def run(*arguments, cwd):
-    command = [sys.executable, str(ROOT / "benchmarks" / "overhead.py"), *map(str, arguments)]
+def run(*arguments, cwd, script="overhead.py"):
+    command = [sys.executable, str(ROOT / "benchmarks" / script), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=300)
 
 
@@ -70,3 +70,16 @@ def test_the_peak_is_that_of_the_step():
 
     difference = overhead.peak_bytes(model, x, lambda: step(2**20)) - overhead.peak_bytes(model, x, step)
     assert 0.9 * 2**20 < difference < 1.1 * 2**20
+
+
+def test_a_tiny_evaluation(tmp_path):
+    """Every contender computes what its peer does, and is timed."""
+    pytest.importorskip("pytorch_grad_cam")
+    options = ["--model", "resnet18", "--layer", "layer1", "--size", 32, "--batch", 2, "--slow-batch", 2]
+    result = run(*options, "--repeat", 1, "--slow-repeat", 1, "--json", "e.json", cwd=tmp_path, script="evaluation.py")
+    assert result.returncode == 0, result.stderr
+    (stored,) = json.loads((tmp_path / "e.json").read_text())["results"]
+    assert len(stored["rows"]) == 6
+    for row in stored["rows"]:
+        assert row["largest_difference"] < 1e-3
+        assert row["speedup"] == pytest.approx(row["images_per_second"] / row["peer_images_per_second"])

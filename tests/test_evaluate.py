@@ -103,8 +103,9 @@ def test_a_network_does_not_differ_from_itself(run, checkpoints):
     assert "*" not in text.replace("* where", "")
 
 
-def test_bootstrap_covers_the_mean_difference():
+def test_bootstrap_covers_the_mean_difference(monkeypatch):
     """95% intervals of 100 experiments, of differences with mean 1: neither all nor few of them hold it."""
+    monkeypatch.setattr(evaluate, "RESAMPLES", 1000)
     generator = torch.Generator().manual_seed(0)
     covered = 0
     for _ in range(100):
