@@ -178,6 +178,26 @@ def test_grad_cam_pp_of_small_gradients():
     torch.testing.assert_close(ours, expected.float(), rtol=1e-4, atol=1e-4)
 
 
+def test_torch_cam_loses_the_denominator_of_grad_cam_pp():
+    """It divides a copy that indexing made, so its alpha is G² alone; ours is held against the formula."""
+    methods = pytest.importorskip("torchcam.methods")
+    model, (x, classes) = small_net().eval(), data()
+    weights, a = literal_weights("grad_cam_pp", model, x, classes)
+    expected = literal_map(weights, a, a.shape[-2:])
+    extractor = methods.GradCAMpp(model, LAYER, input_shape=(3, 8, 8))
+    (peer,) = extractor(classes.tolist(), model(x))
+    extractor.remove_hooks()
+    assert peer.shape == expected.shape
+    _, g, _, _ = split(model, x, classes)
+    without = torch.einsum("nk,nkhw->nhw", (g.square() * g.clamp(min=0)).sum((2, 3)), a).clamp(min=0)
+    without -= without.amin((1, 2), keepdim=True)
+    without /= without.amax((1, 2), keepdim=True) + 1e-8  # the peer's own
+    torch.testing.assert_close(peer.to(without), without)
+    assert (peer - expected).abs().max() > 0.05
+    ours = saliency.grad_cam_pp(model, x, LAYER, classes)
+    torch.testing.assert_close(ours, literal_map(weights, a, x.shape[-2:]))
+
+
 def test_vision_transformer_with_reshape():
     pytest.importorskip("pytorch_grad_cam")
     import pytorch_grad_cam
