@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from images import BadInputError, digits_on_photographs
 from networks import Network, last_layer, load
+from quickstart import positive
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 from tqdm import tqdm
@@ -286,25 +287,19 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("network", help="checkpoint, NAME:checkpoint, or the name of a torchvision or timm model")
     parser.add_argument("--compare", metavar="NETWORK", help="a second one, on the same images")
     parser.add_argument("--data", type=Path, help="folder of images (default: the digits on photographs)")
-    parser.add_argument("--limit", type=_positive, help="at most this many images, taken evenly")
+    parser.add_argument("--limit", type=positive, help="at most this many images, taken evenly")
     parser.add_argument("--methods", nargs="+", choices=TITLES, default=list(TITLES), help="(all five)")
     parser.add_argument("--layer", help="dotted name (the last with an output (N, K, h, w))")
-    parser.add_argument("--size", type=_positive, help="side of the images in pixels (what the network wants)")
+    parser.add_argument("--size", type=positive, help="side of the images in pixels (what the network wants)")
     parser.add_argument("--target", choices=["predicted", "label"], default="predicted", help="(%(default)s)")
     parser.add_argument("--protocol", choices=list(metrics.PROTOCOLS), default="rise", help="(%(default)s)")
     parser.add_argument("--denominator", choices=["1-y", "y"], default="1-y", help="of AG (%(default)s)")
-    parser.add_argument("--batch", type=_positive, default=64, help="images read at once (%(default)s)")
-    parser.add_argument("--chunk", type=_positive, help="images in a forward pass (what each method prefers)")
+    parser.add_argument("--batch", type=positive, default=64, help="images read at once (%(default)s)")
+    parser.add_argument("--chunk", type=positive, help="images in a forward pass (what each method prefers)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
     parser.add_argument("--output", type=Path, default=Path("evaluation"), help="folder (%(default)s)")
     parser.add_argument("--plot", action="store_true", help="gradients.png, cams.png and curves.png too")
     return parser.parse_args()
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")
-    return int(text)
 
 
 def main() -> None:

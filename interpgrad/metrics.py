@@ -239,6 +239,9 @@ class _Perturbation:
         self.model, self.x, self.chunk_size = model, x.detach(), chunk_size
         self.maps = _resize(maps.detach(), x.shape[-2:])
         self.per_step = self.protocol.rows * x.shape[-1]
+        # One order for insertion and deletion.
+        order = self.maps.flatten(1).argsort(dim=1, descending=True, stable=True)
+        self.rank = order.argsort(dim=1).view_as(self.maps)[:, None]
         self.steps = -(-x.shape[-2] * x.shape[-1] // self.per_step)
         logits = torch.cat([logits_of(model(images)) for images in torch.split(self.x, chunk_size)])
         self.classes = classes_to_explain(target, logits)
@@ -265,15 +268,13 @@ class _Perturbation:
         return self._replaced(self.x, torch.zeros_like(self.x), steps)
 
     def _replaced(self, before: Tensor, after: Tensor, steps: range) -> Tensor:
-        order = self.maps.flatten(1).argsort(dim=1, descending=True, stable=True)
-        rank = order.argsort(dim=1).view_as(self.maps)[:, None]
         samples = torch.arange(len(self.x), device=self.x.device).repeat_interleave(len(steps))
         changed = (torch.tensor(steps, device=self.x.device) * self.per_step).repeat(len(self.x))
         found = []
         for of_image, count in zip(
             torch.split(samples, self.chunk_size), torch.split(changed, self.chunk_size), strict=True
         ):
-            images = torch.where(rank[of_image] < count[:, None, None, None], after[of_image], before[of_image])
+            images = torch.where(self.rank[of_image] < count[:, None, None, None], after[of_image], before[of_image])
             found.append(_probability(logits_of(self.model(images)), self.classes[of_image]))
         return torch.cat(found).view(len(self.x), len(steps))
 

@@ -1,6 +1,8 @@
 """Saliency maps: against the papers' formulas written out in loops, and against peers where they are right."""
 
-import numpy as np
+import sys
+from pathlib import Path
+
 import pytest
 import timm
 import torch
@@ -11,6 +13,9 @@ from hypothesis import strategies as st
 from nets import data, small_net
 from torch import nn
 from traces import assert_same_trace, trace
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+import evaluation
 
 from interpgrad import input_gradients, saliency
 from interpgrad.saliency import CAMS
@@ -126,17 +131,8 @@ ARCHITECTURES = {
 
 def peer_map(name, model, x, layer, classes):
     """pytorch-grad-cam's map. Its Score-CAM resizes with aligned corners, which the authors' code does not."""
-    import pytorch_grad_cam
-    from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
-
-    resize = nn.UpsamplingBilinear2d
-    nn.UpsamplingBilinear2d = lambda size: nn.Upsample(size, mode="bilinear", align_corners=False)
-    try:
-        with getattr(pytorch_grad_cam, name)(model, [model.get_submodule(layer)]) as cam:
-            maps = cam(x, [ClassifierOutputTarget(int(c)) for c in classes])
-    finally:
-        nn.UpsamplingBilinear2d = resize
-    return torch.as_tensor(np.asarray(maps))
+    with evaluation.corners_not_aligned():
+        return evaluation.peer_maps(name, model, x, model.get_submodule(layer), classes)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
