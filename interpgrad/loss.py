@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from interpgrad.autocast import without_autocast
 from interpgrad.criteria import Criterion, resolve_criterion
-from interpgrad.errors import ERRORS
+from interpgrad.errors import ERRORS, cos
 from interpgrad.forward import Forward, Recorder, check_batch, forward_without_trace
 from interpgrad.gradients import gradient_pair
 from interpgrad.guided import check_activations
@@ -51,6 +51,7 @@ class InterpretableGradientLoss(nn.Module):
 
     Attributes:
         penalty: R of the last computed call: detached, not multiplied by lam; None before the first.
+        cosine: mean cosine of the two gradients of that call, whatever the error, for the log; likewise detached.
 
     Batch norm in training mode couples the samples: the gradients are those of the loss of the whole batch.
     The extra pass normalizes with the batch's statistics and does not update the running ones.
@@ -94,6 +95,7 @@ class InterpretableGradientLoss(nn.Module):
         self.activations = activations
         self.transform = transform
         self.penalty: Tensor | None = None
+        self.cosine: Tensor | None = None
         self._step = 0
         self._recorder: Recorder | None = None
         self._verified: set[frozenset[str]] = set()
@@ -152,6 +154,7 @@ class InterpretableGradientLoss(nn.Module):
                 f"expected the error to have one value per sample, shape ({samples},), got {received}: "
                 "reduce over all dimensions but the first."
             )
+        self.cosine = 1 - cos(delta.detach(), guided.detach()).mean()
         return value
 
     @contextmanager

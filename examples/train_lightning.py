@@ -1,0 +1,140 @@
+"""A Lightning module with the interpretable gradient loss: what it adds is marked with # +.
+
+    python examples/train_lightning.py DATA --model resnet18
+    python examples/train_lightning.py DATA --model resnet50 --devices 8 --strategy ddp --precision bf16-mixed
+
+DATA holds train/ and val/ (or test/), one folder of images per class.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+import torch.nn.functional as F
+import torchvision
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, OnExceptionCheckpoint
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torchvision.transforms import v2
+
+from interpgrad import InterpretableGradientLoss  # +
+
+
+class Classifier(lightning.LightningModule):
+    """Cross-entropy plus the loss, in automatic optimization."""
+
+    def __init__(
+        self, model: str, classes: int, lr: float, steps: int, lam: float = 7.5e-3, error: str = "cos", every: int = 1
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.lr, self.steps = lr, steps
+        self.model = torchvision.models.get_model(model, weights=None, num_classes=classes)
+        self.reg = InterpretableGradientLoss(self.model, error, lam, every=every, activations="all")  # +
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], _: int) -> Tensor:
+        x, y = batch
+        with self.reg.shared_forward():  # +
+            logits = self.model(x)
+        loss = F.cross_entropy(logits, y) + self.reg(x, y)  # + self.reg(x, y)
+        self.log("loss", loss, prog_bar=True)
+        if self.reg.penalty is not None:  # + as when resumed between two steps of `every`
+            self.log("lam_R", self.reg.lam * self.reg.penalty, prog_bar=True)  # +
+            self.log("cosine", self.reg.cosine, prog_bar=True)  # +
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], _: int) -> None:
+        x, y = batch
+        self.log("accuracy", (self(x).argmax(1) == y).float().mean(), prog_bar=True, sync_dist=True)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["random_state"] = torch.get_rng_state()  # so that a resumed run draws what it would have drawn
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        torch.set_rng_state(checkpoint["random_state"])
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.model.parameters(), self.lr, momentum=0.9, weight_decay=1e-4)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.lr, self.steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def loaders(data: Path, size: int, batch: int, workers: int) -> tuple[DataLoader, DataLoader]:
+    convert = [
+        v2.ToImage(),
+        v2.ToDtype(torch.float32, scale=True),
+        v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    ]
+    augment = v2.Compose([v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(), *convert])
+    plain = v2.Compose([v2.Resize(size), v2.CenterCrop(size), *convert])
+    held_out = data / "val" if (data / "val").is_dir() else data / "test"
+    train, test = (torchvision.datasets.ImageFolder(*each) for each in ((data / "train", augment), (held_out, plain)))
+    settings = {"batch_size": batch, "num_workers": workers}
+    return DataLoader(train, shuffle=True, **settings), DataLoader(test, **settings)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--model", default="resnet18", help="of torchvision (%(default)s)")
+    parser.add_argument("--size", type=int, default=224, help="of the images (%(default)s)")
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--batch-size", type=int, default=64, help="per device")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--lr", type=float, default=0.05)
+    parser.add_argument("--devices", default="auto")
+    parser.add_argument("--accelerator", default="auto")
+    parser.add_argument("--strategy", default="auto", help="for instance ddp")
+    parser.add_argument("--precision", default="32-true", help="for instance bf16-mixed, 16-mixed")
+    parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--output", type=Path, default=Path("output"))
+    parser.add_argument("--resume", help="a checkpoint, for instance OUTPUT/last.ckpt")
+    parser.add_argument("--stop-after", type=int, help="epochs after which to stop, of all that are planned")
+    parser.add_argument("--lam", type=float, default=7.5e-3, help="weight of the loss; 0 trains without")  # +
+    parser.add_argument("--error", default="cos", choices=["cos", "mae", "mse", "hi"])  # +
+    parser.add_argument("--every", type=int, default=1, help="computed at one of so many steps")  # +
+    return parser.parse_args()
+
+
+class StopAfter(Callback):
+    """Leave the rest of the planned epochs to a resumed run."""
+
+    def __init__(self, epochs: int) -> None:
+        self.epochs = epochs
+
+    def on_train_epoch_end(self, trainer: Any, _: Any) -> None:
+        trainer.should_stop = trainer.current_epoch + 1 >= self.epochs
+
+
+def main() -> None:
+    args = arguments()
+    lightning.seed_everything(args.seed, verbose=False)
+    train, test = loaders(args.data, args.size, args.batch_size, args.workers)
+    steps = args.epochs * len(train)
+    model = Classifier(args.model, len(train.dataset.classes), args.lr, steps, args.lam, args.error, args.every)
+    trainer = lightning.Trainer(
+        max_epochs=args.epochs,
+        devices=args.devices if not args.devices.isdecimal() else int(args.devices),
+        accelerator=args.accelerator,
+        strategy=args.strategy,
+        precision=args.precision,
+        default_root_dir=args.output,
+        num_sanity_val_steps=0,
+        callbacks=[
+            ModelCheckpoint(args.output, save_last=True),
+            OnExceptionCheckpoint(args.output, filename="interrupted"),
+            *([StopAfter(args.stop_after)] if args.stop_after else []),
+        ],
+    )
+    trainer.fit(model, train, test, ckpt_path=args.resume)
+
+
+if __name__ == "__main__":
+    main()
