@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from interpgrad.autocast import autocast_dtype
 from interpgrad.double_backward import fast_double_backward
 from interpgrad.double_backward.engine import Root
 from interpgrad.model import logits_of, unwrap
@@ -29,14 +28,12 @@ class Forward(NamedTuple):
         image: the same values at the root of the graph, in which gradients are taken.
         root: the node between that and the copy the model was given.
         output: what the model returned.
-        float16: whether it ran under float16 autocast.
     """
 
     x: Tensor
     image: Tensor
     root: Any
     output: Any
-    float16: bool
 
     @property
     def logits(self) -> Tensor:
@@ -70,7 +67,7 @@ def forward_without_trace(
         _eager(module),
     ):
         output = module(model_input, *args, **(kwargs or {}))
-        return Forward(x, image, root, output, autocast_dtype(image.device) == torch.float16)
+        return Forward(x, image, root, output)
 
 
 class Recorder:
@@ -134,7 +131,7 @@ class Recorder:
             return
         begun = self._calls.pop()
         if begun and output is not None:
-            self.forward = Forward(*begun, output, autocast_dtype(begun[1].device) == torch.float16)
+            self.forward = Forward(*begun, output)
             self.finished += 1
 
 

@@ -78,12 +78,12 @@ def gradient_pair(
     """
     image = forward.image
     loss = evaluate(criterion, forward.logits, y)
-    float16 = forward.float16 or torch.float16 in (image.dtype, forward.logits.dtype)
-    scale = _float16_scale(loss, forward.logits) if float16 else None
+    network = list(graph.nodes(forward.logits, until=image))
+    float16 = torch.float16 in (image.dtype, forward.logits.dtype) or graph.casts_to(torch.float16, network)
+    scale = _float16_scale(criterion, forward.logits, y) if float16 else None
     if scale is not None:
         loss = loss * scale
 
-    network = list(graph.nodes(forward.logits, until=image))
     operations = [*graph.nodes(loss, until=forward.logits), *network]
     graph.refuse_opaque(operations)
     if create_graph:
@@ -115,14 +115,17 @@ def _gradient(loss: Tensor, image: Tensor, *, create_graph: bool) -> Tensor:
     return gradient
 
 
-def _float16_scale(loss: Tensor, logits: Tensor) -> Tensor:
+def _float16_scale(criterion: Criterion, logits: Tensor, y: Any) -> Tensor:
     """What to multiply the loss with: under float16 the gradients inside the network underflow.
 
-    The largest gradient at the logits becomes about 2^8. A power of two, so nothing is rounded.
+    The largest gradient at the logits becomes about 2^8. A power of two, so nothing is rounded. It is asked of a
+    copy in single precision: at half-precision logits it may have underflowed already.
     """
-    (gradient,) = torch.autograd.grad(loss, logits, retain_graph=True, allow_unused=True)
-    largest = loss.new_tensor(1.0) if gradient is None else gradient.detach().abs().max().to(loss.dtype)
-    return torch.exp2(8 - torch.log2(largest.clamp(min=torch.finfo(loss.dtype).tiny)).ceil().clamp(min=-100))
+    copy = logits.detach().float().requires_grad_()
+    (gradient,) = torch.autograd.grad(evaluate(criterion, copy, y), copy, allow_unused=True)
+    largest = copy.new_tensor(1.0) if gradient is None else gradient.abs().max()
+    scale = torch.exp2((8 - largest.log2().ceil()).clamp(-100, 100))
+    return torch.where(largest > 0, scale, 1)
 
 
 def _unscale(gradient: Tensor, scale: Tensor) -> Tensor:

@@ -52,6 +52,13 @@ def _operation(name: str) -> str:
     return name.rpartition("::")[2].rstrip("0123456789").removesuffix("Backward")
 
 
+def casts_to(dtype: torch.dtype, recorded: list[Node]) -> bool:
+    """Whether anything is cast to dtype on the way: by autocast, wherever that was on, or by hand."""
+    return any(
+        gradient.dtype == dtype for node in recorded if op_name(node) == "ToCopy" for gradient in node._input_metadata
+    )
+
+
 def refuse_opaque(recorded: list[Node]) -> None:
     """Raise an OpaqueGraphError, which says what to do, if there is such a node."""
     for node in recorded:

@@ -405,46 +405,6 @@ def test_zero_gradients_give_error_1_and_no_nan():
     assert all(not p.grad.any() for p in model.parameters() if p.grad is not None)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_and_half_precision_images(dtype):
-    model, (x, y) = small_net().train().float(), data(n=8)
-    x = x.float()
-    exact = gradients_of(InterpretableGradientLoss(model, lam=1.0)(x, y), model)
-    with torch.autocast("cpu", dtype):
-        value = InterpretableGradientLoss(model, lam=1.0)(x, y)
-    assert value.dtype == torch.float32
-    flat = [torch.cat([g.flatten() for g in each if g is not None]) for each in (gradients_of(value, model), exact)]
-    assert F.cosine_similarity(*flat, dim=0) > 0.95
-    half = InterpretableGradientLoss(small_net().eval().to(dtype), lam=1.0)(x.to(dtype), y)
-    assert half.dtype == torch.float32
-    assert half.isfinite()
-
-
-def confident_net(margin):
-    model = small_net().eval().float()
-    with torch.no_grad():
-        model[-1].bias[0] = margin
-    return model, data()[0].float(), torch.zeros(3, dtype=torch.long)
-
-
-@pytest.mark.parametrize("margin", [0, 8, 14])
-@pytest.mark.parametrize("settings", [{}, {"transform": lambda d: F.conv2d(d, torch.ones(1, 3, 3, 3) / 9)}])
-def test_float16_autocast_ended_before_the_loss(margin, settings):
-    """The gradients run in half precision if the forward pass did, wherever the loss is called."""
-    model, x, y = confident_net(margin)
-    reg = InterpretableGradientLoss(model, lam=1.0, **settings)
-    expected = float(reg(x, y))
-    for inside in (True, False):
-        with torch.autocast("cpu", torch.float16):
-            with reg.shared_forward():
-                model(x)
-            if inside:
-                value = reg(x, y)
-        if not inside:
-            value = reg(x, y)
-        assert float(value) == pytest.approx(expected, abs=0.02)
-
-
 class TestSharedForward:
     """Ways to use it that are not the two lines of the README."""
 

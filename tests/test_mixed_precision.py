@@ -1,0 +1,152 @@
+"""Autocast, loss scaling and half-precision models."""
+
+import functools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from nets import data, small_net
+from torch import nn
+
+from interpgrad import InterpretableGradientLoss
+
+DTYPES = [torch.bfloat16, torch.float16]
+
+
+def term(model, reg, x, y, shared):
+    if shared:
+        with reg.shared_forward():
+            model(x)
+    return reg(x, y)
+
+
+def flat_gradient(value, model):
+    gradients = torch.autograd.grad(value, list(model.parameters()), allow_unused=True, retain_graph=True)
+    return torch.cat([gradient.flatten() for gradient in gradients if gradient is not None])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("shared", [False, True], ids=["plain", "shared"])
+@pytest.mark.parametrize("error", ["cos", "mae", "mse", "hi"])
+def test_the_gradient_of_the_penalty_points_where_that_of_single_precision_does(error, shared, training, dtype):
+    """With the loss scaled as a GradScaler does: as far as nothing overflows."""
+    model, (x, y) = small_net().train(training).float(), data(n=16, size=16)
+    x = x.float()
+    exact = flat_gradient(InterpretableGradientLoss(model, error, lam=1.0)(x, y), model)
+    with torch.autocast("cpu", dtype):
+        value = term(model, InterpretableGradientLoss(model, error, lam=1.0), x, y, shared)
+    assert value.dtype == torch.float32
+    found, scale = torch.tensor(torch.inf), 2.0**16
+    while not found.isfinite().all() and scale > 1:
+        found, scale = flat_gradient(scale * value, model), scale / 2
+    assert F.cosine_similarity(found, exact, dim=0) > 0.99
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_model_in_half_precision(dtype):
+    model, (x, y) = small_net().eval(), data(n=8)
+    exact = InterpretableGradientLoss(model, lam=1.0)(x, y).item()
+    value = InterpretableGradientLoss(model.to(dtype), lam=1.0)(x.to(dtype), y)
+    assert value.dtype == torch.float32
+    assert value.item() == pytest.approx(exact, abs=0.02)
+
+
+def trained(dtype, shared, normalize, steps=200):
+    """Four classes that are learned perfectly. Cross-entropies, penalties, and how many steps the scaler skipped."""
+    torch.manual_seed(0)
+    norm = nn.BatchNorm2d if normalize else nn.Identity
+    sizes = [(3, 16, 1), (16, 32, 2), (32, 32, 2)]
+    layers = [layer for i, o, stride in sizes for layer in (nn.Conv2d(i, o, 3, stride, 1), norm(o), nn.ReLU())]
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 4))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.03, momentum=0.9)
+    scaler = torch.amp.GradScaler("cpu", growth_interval=50, enabled=dtype == torch.float16)
+    reg = InterpretableGradientLoss(model, lam=0.1)
+    generator = torch.Generator().manual_seed(1)
+    means = 2 * torch.randn(4, 3, 16, 16, generator=generator)
+    entropies, penalties, skipped = [], [], 0
+    for _ in range(steps):
+        y = torch.randint(4, (16,), generator=generator)
+        x = means[y] + 0.5 * torch.randn(16, 3, 16, 16, generator=generator)
+        with torch.autocast("cpu", dtype):
+            with reg.shared_forward() if shared else torch.enable_grad():
+                logits = model(x)
+            entropy, penalty = F.cross_entropy(logits, y), reg(x, y)
+        optimizer.zero_grad()
+        before = scaler.get_scale()
+        scaler.scale(entropy + penalty).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        skipped += scaler.get_scale() < before
+        entropies.append(entropy.item())
+        penalties.append(penalty.item())
+        assert all(parameter.isfinite().all() for parameter in model.parameters())
+    return torch.tensor(entropies), torch.tensor(penalties), skipped
+
+
+@functools.cache
+def trained_in_single_precision(normalize):
+    return trained(torch.float32, True, normalize)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shared", [False, True], ids=["plain", "shared"])
+@pytest.mark.parametrize("normalize", [True, False], ids=["batch norm", "no norm"])
+def test_two_hundred_steps_end_where_those_in_single_precision_do(normalize, shared, dtype):
+    entropies, penalties, skipped = trained(dtype, shared, normalize)
+    assert entropies.isfinite().all()
+    assert penalties.isfinite().all()
+    reference_entropies, reference_penalties, _ = trained_in_single_precision(normalize)
+    for value, reference in ((entropies, reference_entropies), (penalties, reference_penalties)):
+        torch.testing.assert_close(value[-20:].mean(), reference[-20:].mean(), rtol=0.1, atol=0)
+    assert skipped <= 10
+
+
+def test_samples_whose_gradient_underflows_at_half_precision_logits():
+    """More confident than float16 can say: cross-entropies of 1e-9, below its smallest number."""
+    model, x, y = confident_net(margin=21)
+    exact = InterpretableGradientLoss(model, lam=1.0)(x, y)
+    with torch.autocast("cpu", torch.float16):
+        value = InterpretableGradientLoss(model, lam=1.0)(x, y)
+    torch.testing.assert_close(value, exact, atol=0.02, rtol=0)
+    gradients = [flat_gradient(each, model) for each in (value, exact)]
+    assert F.cosine_similarity(*gradients, dim=0) > 0.99
+
+
+def confident_net(margin):
+    model = small_net().eval().float()
+    with torch.no_grad():
+        model[-1].bias[0] = margin
+    return model, data()[0].float(), torch.zeros(3, dtype=torch.long)
+
+
+class Autocasting(nn.Module):
+    """A model that switches autocast on by itself and returns single precision, as Accelerate makes them."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        with torch.autocast("cpu", torch.float16):
+            return self.model(x).float()
+
+
+@pytest.mark.parametrize("margin", [0, 8, 14, 40])
+@pytest.mark.parametrize("settings", [{}, {"transform": lambda d: F.conv2d(d, torch.ones(1, 3, 3, 3) / 9)}])
+def test_float16_wherever_autocast_is_switched_on(margin, settings):
+    """The gradients run in half precision if the forward pass did: the loss is scaled for it."""
+    model, x, y = confident_net(margin)
+    reg = InterpretableGradientLoss(model, lam=1.0, **settings)
+    expected = reg(x, y).item()
+    for inside in (True, False):
+        with torch.autocast("cpu", torch.float16):
+            with reg.shared_forward():
+                model(x)
+            if inside:
+                value = reg(x, y)
+        if not inside:
+            value = reg(x, y)
+        assert value.item() == pytest.approx(expected, abs=0.02)
+    value = InterpretableGradientLoss(Autocasting(model), lam=1.0, **settings)(x, y)
+    assert value.item() == pytest.approx(expected, abs=0.02)
