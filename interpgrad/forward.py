@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from interpgrad.double_backward import fast_double_backward
 from interpgrad.double_backward.engine import Root
@@ -62,7 +61,6 @@ def forward_without_trace(
     with (
         _own_buffers(module),
         _random_state_restored(module, x),
-        _differentiable_attention(),
         fast_double_backward(),
         _eager(module),
     ):
@@ -95,7 +93,7 @@ class Recorder:
             module.register_forward_hook(self._after, always_call=True),
         ]
         try:
-            with _differentiable_attention(), fast_double_backward():
+            with fast_double_backward():
                 yield
         finally:
             for handle in handles:
@@ -214,11 +212,6 @@ def _random_state_restored(module: nn.Module, x: Tensor) -> Iterator[None]:
     kind = next(iter(devices)).type if devices else "cuda"
     with torch.random.fork_rng([device.index or 0 for device in devices], device_type=kind):
         yield
-
-
-def _differentiable_attention() -> AbstractContextManager[None]:
-    """Attention on its one kernel with a double backward; the fused ones have none."""
-    return sdpa_kernel(SDPBackend.MATH)
 
 
 def _eager(module: nn.Module) -> AbstractContextManager[None]:

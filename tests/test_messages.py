@@ -229,7 +229,12 @@ def test_compiled_model():
     with raises(RuntimeError, "torch.compile", "call the loss without shared_forward()"), reg.shared_forward():
         compiled(x)
     expected = InterpretableGradientLoss(model)(x, y)
-    torch.testing.assert_close(InterpretableGradientLoss(compiled)(x, y), expected)
+    parameters = list(model.parameters())
+    gradients = torch.autograd.grad(expected, parameters, allow_unused=True)
+    value = InterpretableGradientLoss(compiled)(x, y)
+    torch.testing.assert_close(value, expected)
+    for ours, eager in zip(torch.autograd.grad(value, parameters, allow_unused=True), gradients, strict=True):
+        torch.testing.assert_close(ours, eager)
     part = nn.Sequential(Apply(torch.compile(model.forward, backend="aot_eager")))  # no module says it is compiled
     # Whether a compiler follows into the loss's context depends on the release: never a silent difference.
     with contextlib.suppress(graph.OpaqueGraphError):

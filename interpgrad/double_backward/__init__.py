@@ -1,13 +1,14 @@
-"""Convolutions and batch norms whose double backward is fast: same values, same gradients, of any order."""
+"""Layers whose double backward is fast, or exists at all: same values, same gradients, of any order."""
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 
-from interpgrad.double_backward import batch_norm, conv, hardsigmoid, rectifier, row_norm
+from interpgrad.double_backward import attention, batch_norm, conv, hardsigmoid, rectifier, row_norm
 
 _REPLACEMENTS = {
     **conv.REPLACEMENTS,
@@ -16,6 +17,7 @@ _REPLACEMENTS = {
     **rectifier.REPLACEMENTS,
     **hardsigmoid.REPLACEMENTS,
 }
+_CONCERNED = {*_REPLACEMENTS, *attention.FUNCTIONS}
 
 
 class fast_double_backward(TorchFunctionMode):  # noqa: N801  # type: ignore[misc]
@@ -29,22 +31,41 @@ class fast_double_backward(TorchFunctionMode):  # noqa: N801  # type: ignore[mis
     >>> gradient.square().sum().backward()
     """
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._selections: list[AbstractContextManager[None]] = []
+
+    def __enter__(self) -> Any:
+        """Select the attention kernel that can be differentiated twice, and begin to replace."""
+        selection = attention.differentiable_attention()
+        selection.__enter__()
+        self._selections.append(selection)
+        return super().__enter__()  # type: ignore[no-untyped-call]
+
+    def __exit__(self, *raised: Any) -> None:
+        """Leave both as they were."""
+        super().__exit__(*raised)  # type: ignore[no-untyped-call]
+        self._selections.pop().__exit__(None, None, None)
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Replace what is worth replacing."""
         kwargs = kwargs or {}
-        replacement = _REPLACEMENTS.get(func)
-        if replacement is not None and torch.is_grad_enabled() and not _saved_tensor_hooks():
-            result = replacement(*args, **kwargs)
-            if result is not NotImplemented:
-                return result
+        if func in _CONCERNED and torch.is_grad_enabled():
+            hooks = _saved_tensor_hooks()
+            if hooks:
+                attention.recompute_alike(hooks[0])
+            elif func in _REPLACEMENTS:
+                result = _REPLACEMENTS[func](*args, **kwargs)
+                if result is not NotImplemented:
+                    return result
         return func(*args, **kwargs)
 
 
-def _saved_tensor_hooks() -> bool:
-    """Whether saved tensors are intercepted here, as by (non-reentrant) checkpointing.
+def _saved_tensor_hooks() -> Any:
+    """The hooks, (pack, unpack), that intercept saved tensors here, as those of (non-reentrant) checkpointing.
 
     It recomputes outside of any mode, with stock operations, so the forward pass must have used them too. Releases
     before 2.8 cannot tell; there torch raises its CheckpointError.
     """
     top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # torch >= 2.8
-    return top is not None and top(False) is not None
+    return top and top(False)
