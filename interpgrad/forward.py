@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from interpgrad.double_backward import fast_double_backward
 from interpgrad.double_backward.engine import Root
+from interpgrad.double_backward.sync_batch_norm import differentiable_sync_batch_norm
 from interpgrad.model import logits_of, unwrap
 
 _ROOT: Any = Root._backward_cls
@@ -62,6 +63,7 @@ def forward_without_trace(
         _own_buffers(module),
         _random_state_restored(module, x),
         fast_double_backward(),
+        differentiable_sync_batch_norm(module),
         _eager(module),
     ):
         output = module(model_input, *args, **(kwargs or {}))
@@ -93,7 +95,7 @@ class Recorder:
             module.register_forward_hook(self._after, always_call=True),
         ]
         try:
-            with fast_double_backward():
+            with fast_double_backward(), differentiable_sync_batch_norm(module):
                 yield
         finally:
             for handle in handles:

@@ -142,6 +142,56 @@ def test_ddp_every():
     spawn(ddp_every)
 
 
+def normalized_net():
+    """Batch norm in training mode, with statistics of the whole batch."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 6, 3, padding=1),
+        nn.BatchNorm2d(6),
+        nn.ReLU(),
+        nn.Conv2d(6, 8, 3),
+        nn.BatchNorm2d(8, affine=False, momentum=None),
+        nn.ReLU(inplace=True),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(32, 4),
+        nn.BatchNorm1d(4, track_running_stats=False),
+    ).double()
+
+
+def sync_batch_norm(rank, shared):
+    """Parts of different size: 5 and 3 images. The loss of the whole batch is the sum of theirs over 8."""
+    model, single = nn.SyncBatchNorm.convert_sync_batchnorm(normalized_net()), normalized_net()
+    reg, alone = InterpretableGradientLoss(model, lam=0.5), InterpretableGradientLoss(single, lam=0.5)
+    for x, y in batches():
+        mine, targets = (each[:5] if rank == 0 else each[5:] for each in (x, y))
+        for each in (model, single):
+            each.zero_grad()
+        if shared:
+            with reg.shared_forward():
+                logits = model(mine)
+            loss = F.cross_entropy(logits, targets) + reg(mine, targets)
+            expected = F.cross_entropy(single(x), y) + alone(x, y)
+        else:  # torch has no SyncBatchNorm on the CPU, so the user's own forward pass is left out
+            loss, expected = reg(mine, targets), alone(x, y)
+        (loss * len(mine) / 8).backward()
+        expected.backward()
+        for parameter in model.parameters():
+            dist.all_reduce(parameter.grad)
+        assert_equal(model, {name: value.grad for name, value in single.named_parameters()})
+        for (name, value), buffer in zip(model.named_buffers(), single.buffers(), strict=True):
+            torch.testing.assert_close(value, buffer, rtol=1e-12, atol=1e-12, msg=name)
+    assert all("forward" not in vars(part) for part in model.modules())
+    model.eval()
+    torch.testing.assert_close(model(x), single.eval()(x))
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_sync_batch_norm(shared):
+    """Differentiated across ranks, through the statistics that are shared, like batch norm in one process."""
+    spawn(sync_batch_norm, shared)
+
+
 def fsdp2(rank, shared):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
