@@ -1,4 +1,4 @@
-"""Write the README's tables from the stored results, between their markers.
+"""Write the tables of README and docs from the stored results, between their markers.
 
 python benchmarks/tables.py
 """
@@ -69,12 +69,73 @@ def sweep(stored: dict[str, Any]) -> str:
     return table({name: list(seeds.values()) for name, seeds in stored["results"].items()})
 
 
+# The assumptions of docs/scaling.md: training speed of one GPU, images of each, and what it can send and receive.
+IMAGES_PER_SECOND, IMAGES = 2500, 128
+GPUS = {8: (200e9, 20e-6), 64: (25e9, 50e-6)}  # bytes per second, seconds per collective
+
+
+def counted(stored: dict[str, Any]) -> str:
+    """Operations, memory and traffic of a step."""
+    rows, plain = stored["rows"], stored["rows"]["plain step"]["gflop"]
+    columns = ["GFLOP per image", "ratio", "memory per image", "fixed", "DDP", "FSDP2 gathers", "FSDP2 reduces"]
+    lines = ["| | " + " | ".join(columns) + " |", "| --- |" + " --- |" * len(columns)]
+    for name, row in rows.items():
+        sent, sharded = row["sent"]["DDP"], row["sent"]["FSDP2"]
+        traffic = f"{sent['megabytes']['allreduce']:.1f} MB"
+        for kind in ("allgather", "reduce_scatter"):
+            traffic += f" | {sharded['calls'][kind]} x, {sharded['megabytes'][kind]:.1f} MB"
+        lines.append(
+            f"| {name} | {row['gflop']:.2f} | {row['gflop'] / plain:.3f} | {row['mb_per_image']:.0f} MB "
+            f"| {row['mb_fixed']:.0f} MB | {traffic} |"
+        )
+    return "\n".join(lines)
+
+
+def worked(stored: dict[str, Any]) -> str:
+    """Milliseconds of a step and its communication under the assumptions."""
+    rows = stored["rows"]
+    measured = json.loads((RESULTS / "overhead-cpu.json").read_text())["results"]
+    timed = next(each["rows"] for each in measured if each["model"] == "resnet50" and each["layout"] == "contiguous")
+    base = 1000 * IMAGES / IMAGES_PER_SECOND
+    lazy = (rows["shared forward"]["gflop"] + 3 * rows["plain step"]["gflop"]) / 4
+    steps = [
+        ("plain step", rows["plain step"]["gflop"], "plain step", "plain step"),
+        ("plain call", rows["plain call"]["gflop"], "plain call", "interpgrad, plain call"),
+        ("shared forward", rows["shared forward"]["gflop"], "shared forward", "interpgrad, shared forward"),
+        ("every=4, mean", lazy, "shared forward", "interpgrad, shared forward, every=4"),
+    ]
+    columns = ["computing: counted", "at the CPU's ratio", "memory"]
+    columns += [f"{wrapper}, {gpus} GPUs" for wrapper in ("all-reduce", "FSDP2") for gpus in GPUS]
+    lines = ["| | " + " | ".join(columns) + " |", "| --- |" + " --- |" * len(columns)]
+    for name, gflop, kind, contender in steps:
+        cells = [f"{base * gflop / rows['plain step']['gflop']:.1f} ms", f"{base * timed[contender]['ratio']:.1f} ms"]
+        cells.append(f"{(IMAGES * rows[kind]['mb_per_image'] + rows[kind]['mb_fixed']) / 1000:.1f} GB")
+        sent = rows[kind]["sent"]
+        for wrapper, factor in (("DDP", 2), ("FSDP2", 1)):
+            for gpus, (speed, _) in GPUS.items():
+                share = factor * (gpus - 1) / gpus * sum(sent[wrapper]["megabytes"].values()) * 1e6
+                cells.append(f"{1000 * share / speed:.1f} ms")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def synchronized(stored: dict[str, Any]) -> str:
+    """What SyncBatchNorm adds to the loss's part of a step."""
+    sent = stored["rows"]["shared forward"]["sent"]["SyncBatchNorm"]
+    calls, megabytes = sent["calls"]["allreduce"], sent["megabytes"]["allreduce"]
+    times = " and ".join(f"{1000 * calls * delay:.0f} ms on {gpus}" for gpus, (_, delay) in GPUS.items())
+    return f"{calls} reductions of {megabytes:.1f} MB together: at one delay each, {times} GPUs."
+
+
 # (file, marker) -> how to write it, and from what
 TABLES = {
     ("README.md", "overhead"): (overhead, "overhead-cpu.json"),
     ("README.md", "quickstart"): (quickstart, "quickstart.json"),
     ("README.md", "faithfulness"): (faithfulness, "faithfulness-cifar10.json"),
     ("README.md", "evaluation"): (evaluation, "evaluation-cpu.json"),
+    ("docs/scaling.md", "counted"): (counted, "scaling.json"),
+    ("docs/scaling.md", "worked"): (worked, "scaling.json"),
+    ("docs/scaling.md", "synchronized"): (synchronized, "scaling.json"),
     ("examples/README.md", "sweep"): (sweep, "sweep.json"),
     ("examples/README.md", "cifar10-small"): (quickstart, "quickstart-cifar10-small.json"),
     ("examples/README.md", "cifar10"): (quickstart, "quickstart-cifar10.json"),

@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed.fsdp
 
 ROOT = Path(__file__).parent.parent
 pytest.importorskip("torchvision")
@@ -60,8 +62,6 @@ def test_unknown_model(tmp_path):
 
 def test_the_peak_is_that_of_the_step():
     """A step that holds one more tensor of known size."""
-    import torch
-
     model, x = torch.nn.Linear(8, 8), torch.randn(4, 8)
 
     def step(extra=0):
@@ -83,3 +83,18 @@ def test_a_tiny_evaluation(tmp_path):
     for row in stored["rows"]:
         assert row["largest_difference"] < 1e-3
         assert row["speedup"] == pytest.approx(row["images_per_second"] / row["peer_images_per_second"])
+
+
+@pytest.mark.skipif(not hasattr(torch.distributed.fsdp, "fully_shard"), reason="FSDP2 is not public in this torch")
+def test_what_the_loss_sends(tmp_path):
+    """As docs/scaling.md says: with a shared forward no more than a plain step, and no later."""
+    result = run("--model", "resnet18", "--size", 32, "--json", "s.json", cwd=tmp_path, script="scaling.py")
+    assert result.returncode == 0, result.stderr
+    rows = json.loads((tmp_path / "s.json").read_text())["rows"]
+    plain, own, shared, skipped = (rows[kind]["sent"] for kind in rows)
+    assert plain["DDP"] == own["DDP"] == shared["DDP"] == skipped["DDP"]
+    assert plain["DDP"]["megabytes"]["allreduce"] == pytest.approx(4 * 11_689_512 / 1e6)
+    assert plain["FSDP2"] == shared["FSDP2"] == skipped["FSDP2"]
+    assert own["FSDP2"]["calls"]["allgather"] == 2 * plain["FSDP2"]["calls"]["allgather"]
+    assert rows["step skipped by every"]["gflop"] == rows["plain step"]["gflop"]
+    assert 7 / 3 < rows["shared forward"]["gflop"] / rows["plain step"]["gflop"] < 2.4
