@@ -71,8 +71,9 @@ def refuse_once_differentiable(recorded: list[Node]) -> None:
     for node in recorded:
         if op_name(node) == "SyncBatchNorm":
             raise RuntimeError(
-                "expected operations with a double backward, got SyncBatchNorm across ranks, which has none: "
-                "use BatchNorm (per-rank statistics) or a norm without batch statistics such as GroupNorm."
+                "expected operations with a double backward, got a SyncBatchNorm across ranks that has none: "
+                "use torch.nn.SyncBatchNorm outside of checkpointed layers, BatchNorm (per-rank statistics), or a norm "
+                "without batch statistics such as GroupNorm."
             )
         # Such a Function may yield a gradient that looks constant, so the later backward would be silently
         # wrong instead of failing: it has to be found here.

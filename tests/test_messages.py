@@ -197,15 +197,23 @@ def test_operator_without_an_autograd_kernel():
         InterpretableGradientLoss(model)(*data())
 
 
-def test_sync_batch_norm_across_ranks():
-    """Across ranks it is this autograd Function, by this name; here on one rank, with its forward replaced."""
+def test_quantization_with_learned_steps():
+    scale, zero = nn.Parameter(torch.tensor([0.05])), nn.Parameter(torch.tensor([0.0]))
+    quantize = Apply(lambda h: torch._fake_quantize_learnable_per_tensor_affine(h, scale, zero, -128, 127, 1.0))
+    model, (x, y) = net_with(quantize).float(), data()
+    with raises(RuntimeError, "double backward", "_fake_quantize_learnable_per_tensor_affine_backward"):
+        InterpretableGradientLoss(model)(x.float(), y)
+
+
+def test_sync_batch_norm_of_another_library():
+    """Which leaves a node of this name, and not a layer of torch's class."""
     real = torch.nn.modules._functions.SyncBatchNorm
     fake = type(
         real.__name__,
         (Function,),
         {"forward": staticmethod(lambda ctx, x: x * 1), "backward": staticmethod(lambda ctx, g: g)},
     )
-    with raises(RuntimeError, "SyncBatchNorm across ranks", "use BatchNorm"):
+    with raises(RuntimeError, "SyncBatchNorm", "torch.nn.SyncBatchNorm"):
         InterpretableGradientLoss(net_with(Apply(fake.apply)))(*data())
 
 

@@ -206,6 +206,24 @@ def test_several_inputs():
     torch.testing.assert_close(reg(x, y), expected)
 
 
+class FakeQuantize(nn.Module):
+    """Of activations, in eight bits: the gradient is passed straight through where nothing was cut off."""
+
+    def forward(self, x):
+        return torch.fake_quantize_per_tensor_affine(x, 0.05, 0, -128, 127)
+
+
+def test_quantization_aware_training():
+    net, (x, y) = small_net().eval().float(), images(3, 8)
+    model = nn.Sequential(*net[:3], FakeQuantize(), *net[3:])
+    image = x.clone().requires_grad_()
+    oracle = oracle_gradients(F.cross_entropy(copy.deepcopy(model)(image), y, reduction="sum"), image)
+    for ours, theirs in zip(input_gradients(model, x, y), oracle, strict=True):
+        assert relative_difference(ours, theirs) < 1e-5
+    InterpretableGradientLoss(model, lam=1.0)(x, y).backward()
+    assert all(each.grad.isfinite().all() and each.grad.any() for each in [net[0].weight, net[4].weight])
+
+
 class Checkpointed(nn.Module):
     """Every layer of a sequence recomputed in the backward pass."""
 

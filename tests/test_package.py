@@ -116,3 +116,18 @@ def test_public_names():
     assert set(interpgrad.__all__) <= set(dir(interpgrad))
     for name in interpgrad.__all__:
         assert getattr(interpgrad, name).__doc__
+
+
+def test_the_matrix_of_the_readme_names_tests():
+    """Every row of it one that exists."""
+    matrix = re.search(r"<!-- matrix -->\n(.*)\n<!-- /matrix -->", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    rows = matrix.splitlines()[2:]
+    assert len(rows) > 25
+    for row in rows:
+        cell = row.split("|")[-2].strip()
+        file, name = re.fullmatch(r"`(test_\w+\.py)::(test_\w+)`", cell).groups()
+        defined = {
+            each.name for each in ast.walk(ast.parse((ROOT / "tests" / file).read_text())) if hasattr(each, "name")
+        }
+        assert name in defined, row
+        assert re.search(r"\| (works|error)", row), row
