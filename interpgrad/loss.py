@@ -51,7 +51,7 @@ class InterpretableGradientLoss(nn.Module):
 
     Attributes:
         penalty: R of the last computed call: detached, not multiplied by lam; None before the first.
-        cosine: mean cosine of the two gradients of that call, whatever the error, for the log; likewise detached.
+        cosine: mean cosine of delta and guided of that call, before `transform`, whatever the error; likewise detached.
 
     Batch norm in training mode couples the samples: the gradients are those of the loss of the whole batch.
     The extra pass normalizes with the batch's statistics and does not update the running ones.
@@ -129,9 +129,12 @@ class InterpretableGradientLoss(nn.Module):
                 create_graph=training and self.lam != 0,
                 verified=self._verified,
             )
-            penalty = self._error(delta, guided).mean()
+            delta, guided = _at_least_single(delta), _at_least_single(guided)
+            with without_autocast(x.device):
+                penalty = self._error(delta, guided).mean()
+                cosine = 1 - cos(delta.detach(), guided).mean()
 
-        self.penalty = penalty.detach()
+        self.penalty, self.cosine = penalty.detach(), cosine
         if not training:
             return self.lam * self.penalty
         self._step += 1
@@ -140,21 +143,18 @@ class InterpretableGradientLoss(nn.Module):
         return self.lam * self.every * penalty if self.lam else _zero(x)
 
     def _error(self, delta: Tensor, guided: Tensor) -> Tensor:
-        """The error of each sample, (N,), in at least single precision."""
+        """The error of each sample, (N,)."""
         samples = len(delta)
-        delta, guided = _at_least_single(delta), _at_least_single(guided)
         error = ERRORS[self.error] if isinstance(self.error, str) else self.error
-        with without_autocast(delta.device):
-            if self.transform is not None:
-                delta, guided = self.transform(delta), self.transform(guided)
-            value = error(delta, guided)
+        if self.transform is not None:
+            delta, guided = self.transform(delta), self.transform(guided)
+        value = error(delta, guided)
         if not isinstance(value, Tensor) or value.shape != (samples,):
             received = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(
                 f"expected the error to have one value per sample, shape ({samples},), got {received}: "
                 "reduce over all dimensions but the first."
             )
-        self.cosine = 1 - cos(delta.detach(), guided.detach()).mean()
         return value
 
     @contextmanager

@@ -59,12 +59,12 @@ def test_parameter_gradients_equal_algorithm_1(error, shared, training, inplace)
 
 @pytest.mark.parametrize("error", ERRORS)
 def test_cosine_for_the_log(error):
-    """Of the gradients that are compared, whatever the error."""
+    """Of the gradients themselves, whatever is compared."""
     (x, y), model = data(), small_net()
     reg = InterpretableGradientLoss(model, error=error, transform=lambda gradient: gradient.sum(1))
     assert reg.cosine is None
     reg(x, y)
-    delta, guided = (gradient.sum(1).flatten(1) for gradient in input_gradients(model, x, y))
+    delta, guided = (gradient.flatten(1) for gradient in input_gradients(model, x, y))
     torch.testing.assert_close(reg.cosine, F.cosine_similarity(delta, guided).mean())
     assert not reg.cosine.requires_grad
 

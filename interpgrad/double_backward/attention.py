@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import contextvars
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # Below these, layers may attend; the second calls the first where no function mode sees it.
 FUNCTIONS = (F.scaled_dot_product_attention, F.multi_head_attention_forward)
 
-_KERNELS = ("flash", "mem_efficient", "cudnn", "math")
 _lock = threading.Lock()
 _users = 0
-_enabled_before: dict[str, bool] = {}
+_leave: Callable[[], Any]
 
 
 @contextmanager
@@ -24,14 +24,12 @@ def differentiable_attention() -> Iterator[None]:
     """Select the differentiable kernel.
 
     The selection is the process's, so the first thread to come makes it and the last to leave takes it back: with
-    torch.nn.attention.sdpa_kernel, threads would restore what they found of each other's.
+    an sdpa_kernel each, threads would restore what they found of each other's.
     """
-    global _users
+    global _users, _leave
     with _lock:
         if _users == 0:
-            for kernel in _KERNELS:
-                _enabled_before[kernel] = getattr(torch.backends.cuda, f"{kernel}_sdp_enabled")()
-                _enable(kernel, kernel == "math")
+            _leave = _enter()
         _users += 1
     try:
         yield
@@ -39,12 +37,14 @@ def differentiable_attention() -> Iterator[None]:
         with _lock:
             _users -= 1
             if _users == 0:
-                for kernel, enabled in _enabled_before.items():
-                    _enable(kernel, enabled)
+                _leave()
 
 
-def _enable(kernel: str, enabled: bool) -> None:
-    getattr(torch.backends.cuda, f"enable_{kernel}_sdp")(enabled)
+def _enter() -> Callable[[], Any]:
+    """Enter an sdpa_kernel that may be left on another thread: it keeps a variable in the context it is entered in."""
+    selection, context = sdpa_kernel(SDPBackend.MATH), contextvars.copy_context()
+    context.run(selection.__enter__)
+    return lambda: context.run(selection.__exit__, None, None, None)
 
 
 def recompute_alike(pack_hook: Callable[[Any], Any]) -> None:
