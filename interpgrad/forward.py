@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
 import threading
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
@@ -13,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from interpgrad.double_backward import fast_double_backward
+from interpgrad.double_backward.attention import differentiable_attention
 from interpgrad.double_backward.engine import Root
 from interpgrad.double_backward.sync_batch_norm import differentiable_sync_batch_norm
 from interpgrad.model import logits_of, unwrap
@@ -28,17 +31,23 @@ class Forward(NamedTuple):
         image: the same values at the root of the graph, in which gradients are taken.
         root: the node between that and the copy the model was given.
         output: what the model returned.
+        recomputed: the module, if backward passes run some of its layers again, as under checkpointing.
     """
 
     x: Tensor
     image: Tensor
     root: Any
     output: Any
+    recomputed: nn.Module | None
 
     @property
     def logits(self) -> Tensor:
         """The logits in the output: itself, its `.logits`, or the first of a tuple."""
         return logits_of(self.output)
+
+    def inner_passes(self) -> AbstractContextManager[None]:
+        """The context of backward passes that are not the user's: layers that run again count no batch twice."""
+        return _own_buffers(self.recomputed) if self.recomputed else nullcontext()
 
     def close(self) -> None:
         """Say that no backward pass from now on needs the images' gradient, unless the user does."""
@@ -59,15 +68,17 @@ def forward_without_trace(
     image, model_input = _root_of_graph(x)
     root: Any = model_input.grad_fn
     root.without_trace = True
+    recording = fast_double_backward()
+    recording.recompute_in = functools.partial(_recomputing, module)
     with (
         _own_buffers(module),
         _random_state_restored(module, x),
-        fast_double_backward(),
+        recording,
         differentiable_sync_batch_norm(module),
         _eager(module),
     ):
         output = module(model_input, *args, **(kwargs or {}))
-        return Forward(x, image, root, output)
+        return Forward(x, image, root, output, module if recording.recomputes else None)
 
 
 class Recorder:
@@ -77,6 +88,7 @@ class Recorder:
         self.forward: Forward | None = None
         self.finished = 0
         self._thread = threading.get_ident()
+        self._mode = fast_double_backward()
         self._calls: list[tuple[Tensor, Tensor, Any] | None] = []  # those under way
 
     @contextmanager
@@ -95,7 +107,7 @@ class Recorder:
             module.register_forward_hook(self._after, always_call=True),
         ]
         try:
-            with fast_double_backward(), differentiable_sync_batch_norm(module):
+            with self._mode, differentiable_sync_batch_norm(module):
                 yield
         finally:
             for handle in handles:
@@ -125,13 +137,13 @@ class Recorder:
         self._calls[-1] = x, image, model_input.grad_fn
         return (args, kwargs | {name: model_input}) if name else ((model_input, *args[1:]), kwargs)
 
-    def _after(self, _: nn.Module, __: Any, output: Any) -> None:
+    def _after(self, module: nn.Module, _: Any, output: Any) -> None:
         """Called on the way out of every call, also of one that raised: its output is then None."""
         if threading.get_ident() != self._thread or not self._calls:
             return
         begun = self._calls.pop()
         if begun and output is not None:
-            self.forward = Forward(*begun, output)
+            self.forward = Forward(*begun, output, module if self._mode.recomputes else None)
             self.finished += 1
 
 
@@ -188,14 +200,28 @@ def _first_parameter(module: nn.Module, kwargs: Mapping[str, Any]) -> str | None
     return first if first in kwargs else next((name for name in kwargs if _is_floating_point(kwargs[name])), None)
 
 
+_on_clones: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+@contextmanager
+def _recomputing(module: nn.Module) -> Iterator[None]:
+    """Where the layers of a forward pass without a trace are run again."""
+    with differentiable_attention(), _own_buffers(module):
+        yield
+
+
 @contextmanager
 def _own_buffers(module: nn.Module) -> Iterator[None]:
     """Give the modules clones of their buffers, and back their own, with what they hold.
 
     By hand: torch.func.functional_call loses the buffers of a module that is reachable under two names.
     """
+    if module in _on_clones:
+        yield
+        return
     own = [(part, dict(part._buffers)) for part in module.modules()]
     clones = {id(buffer): buffer.clone() for _, buffers in own for buffer in buffers.values() if buffer is not None}
+    _on_clones.add(module)
     try:
         for part, buffers in own:
             part._buffers.update({name: clones.get(id(buffer)) for name, buffer in buffers.items()})
@@ -204,6 +230,7 @@ def _own_buffers(module: nn.Module) -> Iterator[None]:
         for part, buffers in own:
             part._buffers.clear()
             part._buffers.update(buffers)
+        _on_clones.discard(module)
 
 
 @contextmanager

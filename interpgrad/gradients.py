@@ -89,9 +89,10 @@ def gradient_pair(
     if create_graph:
         graph.refuse_once_differentiable(operations)
 
-    with guided_backward(network, activations):
-        guided = _gradient(loss, image, create_graph=False)
-    delta = _gradient(loss, image, create_graph=create_graph)
+    with forward.inner_passes():
+        with guided_backward(network, activations):
+            guided = _gradient(loss, image, create_graph=False)
+        delta = _gradient(loss, image, create_graph=create_graph)
 
     if create_graph:
         names = frozenset(map(graph.op_name, operations))

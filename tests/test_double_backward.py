@@ -558,10 +558,10 @@ def saved_bytes(model, x, is_fast):
 
     x = x.clone().requires_grad_()
     hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
-    from interpgrad import double_backward
+    from interpgrad.double_backward import checkpointing
 
-    original = double_backward._saved_tensor_hooks
-    double_backward._saved_tensor_hooks = lambda: False
+    original = checkpointing.saved_tensor_hooks
+    checkpointing.saved_tensor_hooks = lambda: None
     try:
         with hooks:
             if is_fast:
@@ -571,7 +571,7 @@ def saved_bytes(model, x, is_fast):
                 y = model(x)
             torch.autograd.grad(y.pow(2).sum(), x, create_graph=True)
     finally:
-        double_backward._saved_tensor_hooks = original
+        checkpointing.saved_tensor_hooks = original
     return sum(storages.values())
 
 

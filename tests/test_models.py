@@ -240,9 +240,9 @@ class Checkpointed(nn.Module):
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("shared", [False, True], ids=["plain", "shared"])
 def test_non_reentrant_checkpointing(shared, training):
-    """Equal gradients, of the whole loss."""
+    """Equal gradients, of the whole loss, and statistics as without it: torch counts a recomputed batch twice."""
     model, (x, y) = small_net().train(training), data()
-    reference = copy.deepcopy(model)
+    reference, alone = copy.deepcopy(model), Checkpointed(copy.deepcopy(model))
     model = Checkpointed(model)
     values = []
     for each in (model, reference):
@@ -254,6 +254,9 @@ def test_non_reentrant_checkpointing(shared, training):
             logits = each(x)
         values.append(F.cross_entropy(logits, y) + reg(x, y))
     assert_same_gradients(values[0], model, values[1], reference)
+    F.cross_entropy(alone(x), y).backward()
+    for (name, buffer), expected in zip(model.named_buffers(), alone.buffers(), strict=True):
+        assert torch.equal(buffer, expected), name
 
 
 @pytest.mark.parametrize("shared", [False, True], ids=["plain", "shared"])

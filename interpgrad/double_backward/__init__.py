@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from interpgrad.double_backward import attention, batch_norm, conv, hardsigmoid, rectifier, row_norm
+from interpgrad.double_backward import attention, batch_norm, checkpointing, conv, hardsigmoid, rectifier, row_norm
 
 _REPLACEMENTS = {
     **conv.REPLACEMENTS,
@@ -33,6 +33,8 @@ class fast_double_backward(TorchFunctionMode):  # noqa: N801  # type: ignore[mis
 
     def __init__(self) -> None:
         super().__init__()
+        self.recompute_in = attention.differentiable_attention  # what is checkpointed inside; others may add to it
+        self.recomputes = False  # whether anything is
         self._selections: list[AbstractContextManager[None]] = []
 
     def __enter__(self) -> Any:
@@ -51,21 +53,12 @@ class fast_double_backward(TorchFunctionMode):  # noqa: N801  # type: ignore[mis
         """Replace what is worth replacing."""
         kwargs = kwargs or {}
         if func in _CONCERNED and torch.is_grad_enabled():
-            hooks = _saved_tensor_hooks()
-            if hooks:
-                attention.recompute_alike(hooks[0])
+            hooks = checkpointing.saved_tensor_hooks()
+            if hooks:  # recomputed outside of this mode, with stock operations: they must be recorded too
+                checkpointing.recompute_in(self.recompute_in, hooks[0])
+                self.recomputes = True
             elif func in _REPLACEMENTS:
                 result = _REPLACEMENTS[func](*args, **kwargs)
                 if result is not NotImplemented:
                     return result
         return func(*args, **kwargs)
-
-
-def _saved_tensor_hooks() -> Any:
-    """The hooks, (pack, unpack), that intercept saved tensors here, as those of (non-reentrant) checkpointing.
-
-    It recomputes outside of any mode, with stock operations, so the forward pass must have used them too. Releases
-    before 2.8 cannot tell; there torch raises its CheckpointError.
-    """
-    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # torch >= 2.8
-    return top and top(False)

@@ -45,17 +45,3 @@ def _enter() -> Callable[[], Any]:
     selection, context = sdpa_kernel(SDPBackend.MATH), contextvars.copy_context()
     context.run(selection.__enter__)
     return lambda: context.run(selection.__exit__, None, None, None)
-
-
-def recompute_alike(pack_hook: Callable[[Any], Any]) -> None:
-    """Where this hook is that of a checkpointed layer, have it recomputed on the differentiable kernel too.
-
-    Checkpointing recomputes in whichever backward pass comes, outside of any context of this package, and demands that
-    what is saved be the same. Its own `context_fn` is for whoever calls it, which is the model.
-    """
-    names = getattr(getattr(pack_hook, "__code__", None), "co_freevars", ())
-    cells = dict(zip(names, getattr(pack_hook, "__closure__", None) or (), strict=False))
-    frame = cells["frame"].cell_contents if "frame" in cells else None
-    recompute = getattr(frame, "recompute_fn", None)
-    if recompute is not None and not hasattr(recompute, "__wrapped__"):  # not yet wrapped below
-        frame.recompute_fn = differentiable_attention()(recompute)  # type: ignore[union-attr]
