@@ -29,7 +29,7 @@ def run(*arguments, cwd, script="overhead.py"):
 
 
 def test_a_tiny_run(tmp_path):
-    options = ["--batch", 2, "--repeat", 2, "--size", 32, "--channels-last", "--json", "o.json", "--plot", "o.png"]
+    options = ["--batch", 8, "--repeat", 2, "--size", 64, "--channels-last", "--json", "o.json", "--plot", "o.png"]
     result = run("--models", "squeezenet1_1", "mobilenet_v2", *options, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     stored = json.loads((tmp_path / "o.json").read_text())
