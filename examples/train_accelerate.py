@@ -78,8 +78,10 @@ def save(accelerator: Accelerator, output: Path) -> None:
     accelerator.save_state(str(output / "part"))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        shutil.rmtree(output / "last", ignore_errors=True)
+        if (output / "last").exists():
+            (output / "last").rename(output / "old")
         (output / "part").rename(output / "last")
+        shutil.rmtree(output / "old", ignore_errors=True)
     accelerator.wait_for_everyone()
 
 
@@ -99,8 +101,7 @@ def main() -> None:
     accelerator.register_for_checkpointing(schedule, reg, epochs)  # + reg: the counter of `every`
     if args.resume:
         accelerator.load_state(str(args.resume))
-    else:
-        save(accelerator, args.output)  # so that Ctrl-C leaves a checkpoint at any time
+    save(accelerator, args.output)  # so that Ctrl-C leaves a checkpoint at any time
     try:
         for epoch in range(epochs.finished, min(args.epochs, args.stop_after or args.epochs)):
             set_seed(args.seed + epoch)

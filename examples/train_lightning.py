@@ -16,7 +16,7 @@ import lightning
 import torch
 import torch.nn.functional as F
 import torchvision
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, OnExceptionCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
@@ -28,11 +28,11 @@ class Classifier(lightning.LightningModule):
     """Cross-entropy plus the loss, in automatic optimization."""
 
     def __init__(
-        self, model: str, classes: int, lr: float, steps: int, lam: float = 7.5e-3, error: str = "cos", every: int = 1
+        self, model: str, classes: int, lr: float, lam: float = 7.5e-3, error: str = "cos", every: int = 1
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        self.lr, self.steps = lr, steps
+        self.lr = lr
         self.model = torchvision.models.get_model(model, weights=None, num_classes=classes)
         self.reg = InterpretableGradientLoss(self.model, error, lam, every=every, activations="all")  # +
 
@@ -62,7 +62,7 @@ class Classifier(lightning.LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.SGD(self.model.parameters(), self.lr, momentum=0.9, weight_decay=1e-4)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.lr, self.steps)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.lr, self.trainer.estimated_stepping_batches)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
@@ -103,6 +103,16 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+class SaveOnException(Callback):
+    """Save the middle of an epoch. Lightning's OnExceptionCheckpoint would make every later run resume unasked."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_exception(self, trainer: Any, *_: Any) -> None:
+        trainer.save_checkpoint(self.path)
+
+
 class StopAfter(Callback):
     """Leave the rest of the planned epochs to a resumed run."""
 
@@ -117,8 +127,7 @@ def main() -> None:
     args = arguments()
     lightning.seed_everything(args.seed, verbose=False)
     train, test = loaders(args.data, args.size, args.batch_size, args.workers)
-    steps = args.epochs * len(train)
-    model = Classifier(args.model, len(train.dataset.classes), args.lr, steps, args.lam, args.error, args.every)
+    model = Classifier(args.model, len(train.dataset.classes), args.lr, args.lam, args.error, args.every)
     trainer = lightning.Trainer(
         max_epochs=args.epochs,
         devices=args.devices if not args.devices.isdecimal() else int(args.devices),
@@ -129,7 +138,7 @@ def main() -> None:
         num_sanity_val_steps=0,
         callbacks=[
             ModelCheckpoint(args.output, save_last=True),
-            OnExceptionCheckpoint(args.output, filename="interrupted"),
+            SaveOnException(args.output / "interrupted.ckpt"),
             *([StopAfter(args.stop_after)] if args.stop_after else []),
         ],
     )

@@ -17,6 +17,7 @@ from pathlib import Path
 import timm
 import torch
 from timm.data import Mixup, create_dataset, create_loader
+from timm.data.mixup import mixup_target
 from timm.loss import SoftTargetCrossEntropy
 from timm.models import load_checkpoint, resume_checkpoint
 from timm.optim import create_optimizer_v2
@@ -84,14 +85,15 @@ def train_epoch(epoch, model, loader, mixup, loss_fn, reg, optimizer, scheduler,
             x, y = x.to(args.device), y.to(args.device)
             if args.channels_last:
                 x = x.contiguous(memory_format=torch.channels_last)
-            x, y = mixup(x, y)
+            x, y = mixup(x, y) if mixup else (x, mixup_target(y, args.num_classes, smoothing=args.smoothing))
+            group = min(args.grad_accum_steps, batches - index // args.grad_accum_steps * args.grad_accum_steps)
             update = (index + 1) % args.grad_accum_steps == 0 or index + 1 == batches
             with nullcontext() if update or not args.distributed else model.no_sync():
                 with autocast:
                     with reg.shared_forward():  # +
                         logits = model(x)
                     loss = loss_fn(logits, y) + reg(x, y)  # + reg(x, y)
-                loss = loss / args.grad_accum_steps
+                loss = loss / group
                 if scaler:
                     scaler(loss, optimizer, args.clip_grad, parameters=model.parameters(), need_update=update)
                 else:
@@ -100,13 +102,14 @@ def train_epoch(epoch, model, loader, mixup, loss_fn, reg, optimizer, scheduler,
                         nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
                     if update:
                         optimizer.step()
-            losses.update(loss.item() * args.grad_accum_steps, len(x))
+            losses.update(loss.item() * group, len(x))
             if update:
                 optimizer.zero_grad()
                 updates += 1
                 if ema:
                     ema.update(model, step=updates)
-                scheduler.step_update(updates)
+                if scheduler:
+                    scheduler.step_update(updates)
             if reg.penalty is not None:  # + as when resumed between two steps of `every`
                 shown |= {"lam_R": f"{reg.lam * reg.penalty:.2g}", "cosine": f"{reg.cosine:.3f}"}  # +
             progress.set_postfix(loss=f"{losses.avg:.3f}", **shown)
@@ -135,9 +138,10 @@ def main() -> None:
     scaler = NativeScaler(args.device.type) if args.amp == "float16" else None
     ema = ModelEmaV3(model, decay=args.model_ema) if args.model_ema else None
     split = next((name for name in ("val", "validation", "test") if (args.data / name).is_dir()), "val")
-    sets = [
-        create_dataset("", root=str(args.data), split=name, is_training=name == "train") for name in ("train", split)
-    ]
+    for name in ("train", split):  # timm would take all of DATA for it
+        if not (args.data / name).is_dir():
+            raise SystemExit(f"train_timm: expected {args.data / name}, with one folder of images per class.")
+    sets = [create_dataset("", root=str(args.data), split=name) for name in ("train", split)]
     settings = {"input_size": (3, args.img_size, args.img_size), "batch_size": args.batch_size, "use_prefetcher": False}
     settings |= {"num_workers": args.workers, "distributed": args.distributed, "persistent_workers": False}
     train_loader = create_loader(sets[0], is_training=True, **settings)
@@ -150,9 +154,8 @@ def main() -> None:
         step_on_epochs=False,
         updates_per_epoch=math.ceil(len(train_loader) / args.grad_accum_steps),
     )
-    mixup = Mixup(args.mixup, args.cutmix, label_smoothing=args.smoothing, num_classes=args.num_classes)
-    if not (args.mixup or args.cutmix):
-        mixup.mixup_enabled = False
+    mixes = {"label_smoothing": args.smoothing, "num_classes": args.num_classes}
+    mixup = Mixup(args.mixup, args.cutmix, **mixes) if args.mixup or args.cutmix else None
     if args.distributed:
         model = DistributedDataParallel(model, device_ids=[args.device] if args.device.type == "cuda" else None)
     loss_fn = nn.BCEWithLogitsLoss() if args.bce_loss else SoftTargetCrossEntropy()
@@ -167,12 +170,13 @@ def main() -> None:
         first = resume_checkpoint(whole, args.resume, optimizer, scaler, log_info=is_primary(args)) - 1
         if ema:
             load_checkpoint(ema.module, args.resume, use_ema=True)
-        scheduler.step_update(first * math.ceil(len(train_loader) / args.grad_accum_steps))
+        if scheduler:
+            scheduler.step_update(first * math.ceil(len(train_loader) / args.grad_accum_steps))
         reg.set_extra_state(torch.tensor(first * len(train_loader)))  # + the counter of `every`
     args.output.mkdir(parents=True, exist_ok=True)
     saver = CheckpointSaver(model, optimizer, model_ema=ema, amp_scaler=scaler, checkpoint_dir=str(args.output))
-    if is_primary(args) and not args.resume:
-        saver.save_checkpoint(0, 0.0)  # none finished yet: Ctrl-C leaves a checkpoint at any time
+    if is_primary(args):
+        saver.save_checkpoint(first, 0.0)  # so that Ctrl-C leaves a checkpoint at any time
     try:
         for epoch in range(first, min(epochs, args.stop_after or epochs)):
             random_seed(args.seed + epoch, args.rank)

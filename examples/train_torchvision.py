@@ -10,6 +10,7 @@ checkpoints are those of finished epochs, so a run that is resumed does what it 
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import random
 from contextlib import nullcontext
@@ -58,6 +59,10 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def mixed(batch: list, mix: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+    return mix(*default_collate(batch))
+
+
 def load_data(args: argparse.Namespace) -> tuple[DataLoader, DataLoader, int]:
     """Training and test batches, mixed up and cut up if asked for; the number of classes."""
     convert = [
@@ -73,7 +78,7 @@ def load_data(args: argparse.Namespace) -> tuple[DataLoader, DataLoader, int]:
     classes = len(train.classes)
     mixes = [v2.MixUp(alpha=args.mixup_alpha, num_classes=classes)] if args.mixup_alpha else []
     mixes += [v2.CutMix(alpha=args.cutmix_alpha, num_classes=classes)] if args.cutmix_alpha else []
-    collate = (lambda batch: v2.RandomChoice(mixes)(*default_collate(batch))) if mixes else None
+    collate = functools.partial(mixed, mix=v2.RandomChoice(mixes)) if mixes else None
     sampler = DistributedSampler(train) if args.distributed else RandomSampler(train)
     settings = {"batch_size": args.batch_size, "num_workers": args.workers}
     return DataLoader(train, sampler=sampler, collate_fn=collate, **settings), DataLoader(test, **settings), classes
@@ -158,8 +163,7 @@ def main() -> None:
         for key, each in stateful.items():
             each.load_state_dict(checkpoint[key])
         first = checkpoint["epoch"]
-    else:
-        save(0)  # so that Ctrl-C leaves a checkpoint at any time
+    save(first)  # so that Ctrl-C leaves a checkpoint at any time
     try:
         for epoch in range(first, min(args.epochs, args.stop_after or args.epochs)):
             seed_everything(args.seed + 1000 * args.rank + epoch)

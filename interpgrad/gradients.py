@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from interpgrad import graph
-from interpgrad.criteria import Criterion, evaluate, resolve_criterion
+from interpgrad.criteria import Criterion, cross_entropy, evaluate, resolve_criterion
 from interpgrad.forward import Forward, check_batch, forward_without_trace
 from interpgrad.guided import check_activations, guided_backward
+
+_ATTEMPTS = 4  # at a scale for float16
 
 
 def input_gradients(
@@ -80,19 +82,22 @@ def gradient_pair(
     loss = evaluate(criterion, forward.logits, y)
     network = list(graph.nodes(forward.logits, until=image))
     float16 = torch.float16 in (image.dtype, forward.logits.dtype) or graph.casts_to(torch.float16, network)
-    scale = _float16_scale(criterion, forward.logits, y) if float16 else None
-    if scale is not None:
-        loss = loss * scale
+    scale = _float16_scale(loss, criterion, forward.logits, y) if float16 else None
 
     operations = [*graph.nodes(loss, until=forward.logits), *network]
     graph.refuse_opaque(operations)
     if create_graph:
         graph.refuse_once_differentiable(operations)
 
-    with forward.inner_passes():
-        with guided_backward(network, activations):
-            guided = _gradient(loss, image, create_graph=False)
-        delta = _gradient(loss, image, create_graph=create_graph)
+    for _ in range(_ATTEMPTS):
+        scaled = loss if scale is None else loss * scale
+        with forward.inner_passes():
+            with guided_backward(network, activations):
+                guided = _gradient(scaled, image, create_graph=False)
+            delta = _gradient(scaled, image, create_graph=create_graph)
+        if scale is None or bool(delta.isfinite().all() & guided.isfinite().all()):
+            break
+        scale = scale / 64  # the network amplifies its gradients beyond what float16 holds
 
     if create_graph:
         names = frozenset(map(graph.op_name, operations))
@@ -116,15 +121,18 @@ def _gradient(loss: Tensor, image: Tensor, *, create_graph: bool) -> Tensor:
     return gradient
 
 
-def _float16_scale(criterion: Criterion, logits: Tensor, y: Any) -> Tensor:
+def _float16_scale(loss: Tensor, criterion: Criterion, logits: Tensor, y: Any) -> Tensor:
     """What to multiply the loss with: under float16 the gradients inside the network underflow.
 
-    The largest gradient at the logits becomes about 2^8. A power of two, so nothing is rounded. It is asked of a
-    copy in single precision: at half-precision logits it may have underflowed already.
+    The largest gradient at the logits becomes about 2^8. A power of two, so nothing is rounded.
     """
-    copy = logits.detach().float().requires_grad_()
-    (gradient,) = torch.autograd.grad(evaluate(criterion, copy, y), copy, allow_unused=True)
-    largest = copy.new_tensor(1.0) if gradient is None else gradient.abs().max()
+    if not loss.requires_grad:
+        return loss.new_ones(())
+    if criterion is cross_entropy:  # at half-precision logits its gradient may have underflowed already
+        logits = logits.detach().float().requires_grad_()
+        loss = cross_entropy(logits, y)
+    (gradient,) = torch.autograd.grad(loss, logits, retain_graph=True, allow_unused=True)
+    largest = torch.ones_like(loss) if gradient is None else gradient.detach().abs().max().to(loss.dtype)
     scale = torch.exp2((8 - largest.log2().ceil()).clamp(-100, 100))
     return torch.where(largest > 0, scale, 1)
 

@@ -186,6 +186,32 @@ def sync_batch_norm(rank, shared):
     torch.testing.assert_close(model(x), single.eval()(x))
 
 
+class WithActivation(nn.SyncBatchNorm):
+    """A layer that does more than normalize, as timm.layers.SyncBatchNormAct."""
+
+    def forward(self, x):
+        return F.relu(super().forward(x))
+
+
+def sync_batch_norms_of_other_kinds(rank):
+    """Without a bias it is the same layer; one with a forward of its own must keep it."""
+    from interpgrad.double_backward.sync_batch_norm import differentiable_sync_batch_norm
+
+    layer, more, mine = nn.SyncBatchNorm(3).double(), WithActivation(3), nn.SyncBatchNorm(3)
+    layer.bias, mine.forward = None, lambda x: x
+    x = data(8)[0]
+    with differentiable_sync_batch_norm(nn.ModuleList([layer, more, mine])):
+        assert "forward" not in vars(more)
+        assert mine(x) is x
+        y = layer(half(rank, x))
+    assert mine(x) is x
+    torch.testing.assert_close(y, half(rank, nn.BatchNorm2d(3).double()(x)))
+
+
+def test_sync_batch_norms_of_other_kinds():
+    spawn(sync_batch_norms_of_other_kinds)
+
+
 @pytest.mark.parametrize("shared", [False, True])
 def test_sync_batch_norm(shared):
     """Differentiated across ranks, through the statistics that are shared, like batch norm in one process."""

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from nets import data, small_net
 from torch import nn
 
-from interpgrad import InterpretableGradientLoss
+from interpgrad import InterpretableGradientLoss, input_gradients
 
 DTYPES = [torch.bfloat16, torch.float16]
 
@@ -150,3 +150,32 @@ def test_float16_wherever_autocast_is_switched_on(margin, settings):
         assert value.item() == pytest.approx(expected, abs=0.02)
     value = InterpretableGradientLoss(Autocasting(model), lam=1.0, **settings)(x, y)
     assert value.item() == pytest.approx(expected, abs=0.02)
+
+
+def test_a_network_that_amplifies_its_gradients():
+    """Beyond 65504, from 2^8 at the logits: the scale is lowered until float16 holds them."""
+    model, (x, y) = small_net().eval().float(), data(n=8)
+    with torch.no_grad():
+        model[0].weight *= 1024
+        model[-1].weight *= 1024
+    x = x.float() / 1024
+    exact = InterpretableGradientLoss(model, lam=1.0, criterion="logit")(x, y)
+    assert 256 * input_gradients(model, x, y, criterion="logit")[0].abs().max() > torch.finfo(torch.float16).max
+    with torch.autocast("cpu", torch.float16):
+        value = InterpretableGradientLoss(model, lam=1.0, criterion="logit")(x, y)
+    torch.testing.assert_close(value, exact, atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+def test_criteria_made_for_half_precision_logits(weighted):
+    """A criterion is called once, on logits as the model returns them."""
+    model, (x, y) = small_net().eval().half(), data(n=8)
+    calls = []
+
+    def criterion(logits, y):
+        calls.append(logits.dtype)
+        weight = torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float16) if weighted else None
+        return F.cross_entropy(logits, y, weight=weight, reduction="sum")
+
+    assert InterpretableGradientLoss(model, lam=1.0, criterion=criterion)(x.half(), y).isfinite()
+    assert calls == [torch.float16]

@@ -23,10 +23,10 @@ COMMON = {
     "accelerate": "--model shufflenet_v2_x0_5 --size 32 --cpu",
 }
 CHECKPOINTS = {
-    "timm": ("output/last.pth.tar", "state_dict"),
-    "torchvision": ("output/checkpoint.pth", "model"),
-    "lightning": ("output/last.ckpt", "state_dict"),
-    "accelerate": ("output/last", None),
+    "timm": ("output/last.pth.tar", ["state_dict", "state_dict_ema"]),
+    "torchvision": ("output/checkpoint.pth", ["model", "ema"]),
+    "lightning": ("output/last.ckpt", ["state_dict"]),
+    "accelerate": ("output/last", []),
 }
 
 
@@ -64,10 +64,12 @@ def run(name, folder, cwd, *arguments):
 
 
 def weights(name, cwd):
-    path, key = CHECKPOINTS[name]
-    if key is None:
+    """Of the network, and of its average."""
+    path, parts = CHECKPOINTS[name]
+    if not parts:
         return load_file(cwd / path / "model.safetensors")
-    return torch.load(cwd / path, map_location="cpu", weights_only=False)[key]
+    checkpoint = torch.load(cwd / path, map_location="cpu", weights_only=False)
+    return {f"{part} {key}": value for part in parts for key, value in checkpoint.get(part, {}).items()}
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +132,7 @@ OPTIONS = {
     "timm: binary cross-entropy in fp16 with a scaler": ("timm", ["--bce-loss", *MIXES, "--amp", "float16"]),
     "timm: accumulation, channels_last, warm-up": (
         "timm",
-        ["--grad-accum-steps", "2", "--channels-last", "--warmup-epochs", "1"],
+        ["--grad-accum-steps", "2", "--channels-last", "--warmup-epochs", "1", "--batch-size", "5"],
     ),
     "timm: a transformer": ("timm", ["--model", "test_vit", "--img-size", "160", "--opt", "adamw"]),
     "torchvision": (
@@ -143,10 +145,24 @@ OPTIONS = {
 }
 
 
+def test_a_run_that_is_not_resumed_begins_anew(folder, tmp_path):
+    """Lightning resumes unasked if a callback saves on exceptions."""
+    for _ in range(2):
+        assert "Restored" not in run("lightning", folder, tmp_path, "--epochs", "1")
+
+
+def test_timm_without_held_out_images(tmp_path):
+    (tmp_path / "train" / "dark").mkdir(parents=True)
+    arguments = command("timm", tmp_path)
+    result = subprocess.run(arguments, capture_output=True, text=True, cwd=tmp_path, env=environment(tmp_path))
+    assert result.returncode != 0
+    assert f"expected {tmp_path / 'val'}, with one folder of images per class" in result.stderr
+
+
 @pytest.mark.parametrize("options", OPTIONS)
 def test_options(options, folder, tmp_path):
     name, arguments = OPTIONS[options]
-    run(name, folder, tmp_path, "--epochs", "2", "--stop-after", "1", *arguments)
+    assert "nan" not in run(name, folder, tmp_path, "--epochs", "2", "--stop-after", "1", *arguments).lower()
     assert all(value.isfinite().all() for value in weights(name, tmp_path).values() if value.is_floating_point())
 
 

@@ -35,18 +35,23 @@ class _SumOverRanks(Function):
 
 @contextmanager
 def differentiable_sync_batch_norm(model: nn.Module) -> Iterator[None]:
-    """Inside, the SyncBatchNorm layers of the model run the operations below; their own forward otherwise."""
-    layers = [part for part in model.modules() if isinstance(part, nn.SyncBatchNorm)]
-    found = [vars(layer).get("forward") for layer in layers]
+    """Inside, the SyncBatchNorm layers of the model run the operations below; their own forward otherwise.
+
+    Subclasses that do more in their forward (timm's SyncBatchNormAct applies an activation) keep it, and are refused
+    later, by the node they leave in the graph.
+    """
+    layers = [part for part in model.modules() if isinstance(part, nn.SyncBatchNorm) and _is_stock(part)]
     for layer in layers:
         vars(layer)["forward"] = functools.partial(_forward, layer)
     try:
         yield
     finally:
-        for layer, before in zip(layers, found, strict=True):
+        for layer in layers:
             vars(layer).pop("forward", None)
-            if before is not None:
-                vars(layer)["forward"] = before
+
+
+def _is_stock(layer: nn.SyncBatchNorm) -> bool:
+    return type(layer).forward is nn.SyncBatchNorm.forward and "forward" not in vars(layer)
 
 
 def _forward(layer: nn.SyncBatchNorm, x: Tensor) -> Tensor:
@@ -58,7 +63,8 @@ def _forward(layer: nn.SyncBatchNorm, x: Tensor) -> Tensor:
     y, mean, variance, n = _normalize(x, layer.eps, group)
     if layer.track_running_stats:
         _update(layer, mean.detach(), variance.detach() * (n / (n - 1)))
-    y = y if layer.weight is None else y * _channels(layer.weight, x) + _channels(layer.bias, x)
+    y = y if layer.weight is None else y * _channels(layer.weight, x)
+    y = y if layer.bias is None else y + _channels(layer.bias, x)
     return y.to(x.dtype)
 
 
