@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from images import BadInputError, digits_on_photographs
 from networks import Network, last_layer, load
-from quickstart import positive
+from quickstart import OBJECTS, positive
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 from tqdm import tqdm
@@ -220,7 +220,7 @@ def markdown(report: dict[str, Any]) -> str:
     accuracy = ", ".join(f"{name} {100 * value:.1f}%" for name, value in report["accuracy"].items())
     what = "the predicted class" if settings["target"] == "predicted" else "the labelled class"
     foot = (
-        f"{settings['images']}; accuracy {accuracy}; maps of {what}, layer {settings['layer']}; "
+        f"{settings['images']}; accuracy {accuracy}; maps of the logit of {what}, layer {settings['layer']}; "
         f"AG divided by {settings['denominator']}; {settings['protocol']}. In percent; images per second."
     )
     if any(row["network"] == "difference" for row in report["rows"]):
@@ -259,9 +259,9 @@ def pictures(
         mean, std = (torch.tensor(each).view(-1, 1, 1) for each in (network.mean, network.std))
         x = ((images - mean) / std).to(options.device)
         suffix = f"\n{network.name}" if len(networks) > 1 else ""
-        of_gradients[f"δ{suffix}"] = saliency.gradient(network.model, x)
-        of_gradients[f"δᴳ (guided){suffix}"] = saliency.guided_gradient(network.model, x, activations="all")
-        of_gradients[f"SmoothGrad{suffix}"] = saliency.smooth_gradient(network.model, x)
+        of_gradients[f"δ{suffix}"] = saliency.gradient(network.model, x, criterion=options.criterion)
+        of_gradients[f"δᴳ (guided){suffix}"] = saliency.guided_gradient(network.model, x, criterion=options.criterion)
+        of_gradients[f"SmoothGrad{suffix}"] = saliency.smooth_gradient(network.model, x, criterion=options.criterion)
         for method in options.methods:
             of_maps[f"{TITLES[method]}{suffix}"] = saliency.CAMS[method](network.model, x, layer)
         more, _ = next(task.batches(64))
@@ -269,7 +269,7 @@ def pictures(
         maps = saliency.CAMS[options.methods[0]](network.model, x, layer)
         inserted[network.name] = metrics.insertion_curve(network.model, x, maps, protocol=options.protocol)
         deleted[network.name] = metrics.deletion_curve(network.model, x, maps, protocol=options.protocol)
-    title = f"Input gradients of the predicted class's logit, {task.name}"
+    title = f"Input gradients of the predicted class's {OBJECTS[options.criterion]}, {task.name}"
     plot.gradients(images, of_gradients, labels=names, title=title).savefig(options.output / "gradients.png", dpi=150)
     of_maps = {name: of_maps[name] for name in sorted(of_maps, key=_method)}  # networks side by side
     title = f"Class activation maps of the predicted class, {task.name}"
@@ -292,6 +292,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--layer", help="dotted name (the last with an output (N, K, h, w))")
     parser.add_argument("--size", type=positive, help="side of the images in pixels (what the network wants)")
     parser.add_argument("--target", choices=["predicted", "label"], default="predicted", help="(%(default)s)")
+    parser.add_argument(
+        "--criterion", choices=OBJECTS, default="log_prob", help="whose gradients are drawn (%(default)s)"
+    )
     parser.add_argument("--protocol", choices=list(metrics.PROTOCOLS), default="rise", help="(%(default)s)")
     parser.add_argument("--denominator", choices=["1-y", "y"], default="1-y", help="of AG (%(default)s)")
     parser.add_argument("--batch", type=positive, default=64, help="images read at once (%(default)s)")

@@ -24,7 +24,7 @@ from images import BadInputError, Images, digits_on_photographs, photographs
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from interpgrad import InterpretableGradientLoss, input_gradients
+from interpgrad import InterpretableGradientLoss, input_gradients, low_pass
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,10 @@ class Setting:
     """How one of the compared networks is trained. The defaults are the choice argued for in README.md."""
 
     lam: float = 0.3
-    criterion: str = "logit"
+    criterion: str = "log_prob"
     low_pass: bool = True
     error: str = "cos"
+    batch_norm: str = "frozen"
 
 
 PLAIN = Setting(lam=0)
@@ -53,13 +54,11 @@ class Run:
     regularizer: InterpretableGradientLoss
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler
-    steps: int
     milliseconds: list[float] = field(default_factory=list)
 
     def step(self, x: Tensor, y: Tensor) -> None:
         start = time.perf_counter()
         if self.setting.lam:
-            self.regularizer.lam = self.setting.lam * min(1, len(self.milliseconds) / (self.steps / 2))
             with self.regularizer.shared_forward():
                 logits = self.model(x)
             loss = F.cross_entropy(logits, y) + self.regularizer(x, y)
@@ -107,10 +106,6 @@ def small_resnet(classes: int, width: int = 16) -> nn.Module:
     )
 
 
-def low_pass(gradient: Tensor) -> Tensor:
-    return F.avg_pool2d(gradient, 3, stride=1, padding=1)
-
-
 def train(
     images: Images, settings: list[Setting], seed: int, epochs: int, batch: int = 64, quiet: bool = False
 ) -> list[Run]:
@@ -135,12 +130,14 @@ def start(setting: Setting, classes: int, seed: int, steps: int) -> Run:
         model,
         setting.error,
         setting.lam,
-        criterion="logit" if setting.criterion == "logit" else None,
+        criterion=setting.criterion,
+        batch_norm=setting.batch_norm,
+        warmup=steps // 2,
         transform=low_pass if setting.low_pass else None,
     )
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=steps)
-    return Run(setting, model, regularizer, optimizer, schedule, steps)
+    return Run(setting, model, regularizer, optimizer, schedule)
 
 
 def augment(x: Tensor, images: Images, chosen: Tensor) -> Tensor:
@@ -167,18 +164,21 @@ def evaluate(run: Run, images: Images, criterion: str) -> dict[str, float]:
         evidence = images.evidence.flatten(1)
         figures["on digit"] = ((saliency * evidence).sum(1) / saliency.sum(1).clamp(min=1e-300)).mean()
         figures["pointing"] = evidence.gather(1, saliency.argmax(1, keepdim=True)).float().mean()
+    with torch.no_grad():
+        first, second = run.model(x).topk(2).indices.unbind(1)
+    of_classes = [gradients(run.model, x, each, "logit")[0].flatten(1) for each in (first, second)]
+    figures["classes"] = F.cosine_similarity(*of_classes).mean()
     return {name: float(value) for name, value in figures.items()} | {"ms/step": statistics.median(run.milliseconds)}
 
 
 def gradients(model: nn.Module, x: Tensor, y: Tensor, criterion: str) -> tuple[Tensor, Tensor]:
     """Both input gradients, each image's of unit norm: a sure network's are small, and all we ask is where."""
-    pairs = [
-        input_gradients(model, a, b, criterion="logit" if criterion == "logit" else None)
-        for a, b in zip(x.split(250), y.split(250), strict=True)
-    ]
+    pairs = [input_gradients(model, a, b, criterion=criterion) for a, b in zip(x.split(250), y.split(250), strict=True)]
     delta, guided = (torch.cat(parts).double() for parts in zip(*pairs, strict=True))
     return F.normalize(delta.flatten(1), eps=1e-300).view_as(x), F.normalize(guided.flatten(1), eps=1e-300).view_as(x)
 
+
+OBJECTS = {"log_prob": "log-probability", "logit": "logit", "cross_entropy": "cross-entropy"}
 
 HEADINGS = {
     "accuracy": "accuracy",
@@ -186,7 +186,8 @@ HEADINGS = {
     "smooth": "smooth: ‖mean₃ₓ₃ δ‖/‖δ‖",
     "on digit": "δ on digit",
     "pointing": "pointing game",
-    "cosine of the loss": "cos(δ, δᴳ) of the loss",
+    "classes": "cos(δ₁, δ₂)",
+    "cosine of the logit": "cos(δ, δᴳ) of the logit",
     "ms/step": "ms per step",
 }
 
@@ -235,7 +236,7 @@ def picture(plain: Run, regularized: Run, images: Images, path: Path, rows: int 
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
     figure.suptitle(
-        f"Input gradient of the {'logit' if criterion == 'logit' else 'loss'}, {images.name}\n"
+        f"Input gradient of the {OBJECTS[criterion]}, {images.name}\n"
         "summed over colours; each map scaled to unit norm, one colour scale per row",
         fontsize=10,
     )
@@ -262,7 +263,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, help="folder with train/ and test/ (or val/), one folder per class")
     parser.add_argument("--limit", type=positive, help="at most this many training images")
     parser.add_argument("--lam", type=float, default=Setting.lam, help="weight of the loss (%(default)s)")
-    parser.add_argument("--criterion", choices=["loss", "logit"], default=Setting.criterion, help="(%(default)s)")
+    parser.add_argument("--criterion", choices=OBJECTS, default=Setting.criterion, help="(%(default)s)")
+    parser.add_argument("--batch-norm", choices=["frozen", "coupled"], default=Setting.batch_norm, help="(%(default)s)")
     parser.add_argument(
         "--low-pass",
         action=argparse.BooleanOptionalAction,
@@ -297,14 +299,16 @@ def main() -> None:
         sys.exit(2)
     epochs = options.epochs or (2 if options.quick else 8)
     seeds = list(range(options.seeds or 3))
-    setting = Setting(options.lam, options.criterion, options.low_pass, options.error)
+    setting = Setting(options.lam, options.criterion, options.low_pass, options.error, options.batch_norm)
     print(f"{images.name}: {len(images.train[0])} training and {len(images.test[0])} test images, {epochs} epochs")
 
     began = time.perf_counter()
     measure = lambda run: evaluate(run, images, options.criterion)  # noqa: E731
     figures, runs = compare(images, [PLAIN, setting], seeds, epochs, measure)
     rows = {"without": figures[0], f"with, λ = {setting.lam:g}": figures[1]}
-    print(f"\nmean ± standard deviation over {len(seeds)} seeds, δ of the {options.criterion}\n\n{table(rows)}\n")
+    print(
+        f"\nmean ± standard deviation over {len(seeds)} seeds, δ of the {OBJECTS[options.criterion]}\n\n{table(rows)}\n"
+    )
     if images.evidence is not None:
         print(f"chance: {images.evidence.float().mean():.3f} of the pixels belong to a digit")
     if options.save:

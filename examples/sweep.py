@@ -24,30 +24,29 @@ from tqdm import tqdm
 SEEDS = (0, 1, 2)
 SETTINGS = [
     PLAIN,
-    *(
-        Setting(lam, criterion, low_pass=False)
-        for criterion in ("loss", "logit")
-        for lam in (0.0075, 0.1, 0.3, 1.0, 3.0)
-    ),
-    *(Setting(lam, "logit", low_pass=True) for lam in (0.3, 1.0)),
-    Setting(0.3, "loss", low_pass=True),
+    *(Setting(lam, "cross_entropy", low_pass=False, batch_norm="coupled") for lam in (0.0075, 0.3, 1.0)),
+    *(Setting(lam, "logit", batch_norm="coupled") for lam in (0.3, 1.0)),
+    *(Setting(lam, criterion) for criterion in ("logit", "log_prob") for lam in (0.1, 0.3, 1.0)),
+    Setting(0.3, "log_prob", low_pass=False),
 ]
 
 
 def measure(setting: Setting, seed: int) -> dict[str, float]:
-    """Figures of one trained network: the cosine of both gradients, the rest of the logit's."""
+    """Figures of one trained network: of the logit's gradient the cosine, of the log-probability's the rest."""
     torch.set_num_threads(1)
     images = digits_on_photographs(6000, 1000)
     (run,) = train(images, [setting], seed, epochs=8, quiet=True)
-    of_loss, of_logit = (evaluate(run, images, criterion) for criterion in ("loss", "logit"))
-    shown = {name: of_logit[name] for name in ("accuracy", "cosine", "smooth", "on digit", "pointing")}
-    return shown | {"cosine of the loss": of_loss["cosine"]}
+    of_log_prob, of_logit = (evaluate(run, images, criterion) for criterion in ("log_prob", "logit"))
+    del of_log_prob["ms/step"]
+    return of_log_prob | {"cosine of the logit": of_logit["cosine"]}
 
 
 def title(setting: Setting) -> str:
     if not setting.lam:
         return "without"
-    return f"λ = {setting.lam:g}, {setting.criterion}" + (", low-pass" if setting.low_pass else "")
+    return f"{setting.batch_norm}, {setting.criterion}, λ = {setting.lam:g}" + (
+        ", low-pass" if setting.low_pass else ""
+    )
 
 
 def missing(results: dict[str, dict[str, dict[str, float]]]) -> Iterator[tuple[Setting, int]]:

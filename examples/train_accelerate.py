@@ -13,6 +13,7 @@ import argparse
 import shutil
 from pathlib import Path
 
+import loss_options  # +
 import torch
 import torch.nn.functional as F
 import torchvision
@@ -55,9 +56,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path("output"))
     parser.add_argument("--resume", type=Path, help="a checkpoint, for instance OUTPUT/last")
     parser.add_argument("--stop-after", type=int, help="epochs after which to stop, of all that are planned")
-    parser.add_argument("--lam", type=float, default=7.5e-3, help="weight of the loss; 0 trains without")  # +
-    parser.add_argument("--error", default="cos", choices=["cos", "mae", "mse", "hi"])  # +
-    parser.add_argument("--every", type=int, default=1, help="computed at one of so many steps")  # +
+    loss_options.add_arguments(parser)  # +
     return parser.parse_args()
 
 
@@ -96,9 +95,9 @@ def main() -> None:
     optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=0.9, weight_decay=1e-4)
     model, optimizer, train, test = accelerator.prepare(model, optimizer, train, test)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer.optimizer, args.lr, args.epochs * len(train))
-    reg = InterpretableGradientLoss(model, args.error, args.lam, every=args.every, activations="all")  # +
+    reg = InterpretableGradientLoss(model, **loss_options.settings(args))  # +
     epochs = Epochs()
-    accelerator.register_for_checkpointing(schedule, reg, epochs)  # + reg: the counter of `every`
+    accelerator.register_for_checkpointing(schedule, reg, epochs)  # + reg: the count of steps
     if args.resume:
         accelerator.load_state(str(args.resume))
     save(accelerator, args.output)  # so that Ctrl-C leaves a checkpoint at any time
@@ -118,8 +117,7 @@ def main() -> None:
                         optimizer.zero_grad()
                     schedule.step()
                     shown = {"loss": f"{loss.item():.3f}"}
-                    if reg.penalty is not None:  # + as when resumed between two steps of `every`
-                        shown |= {"lam_R": f"{reg.lam * reg.penalty:.2g}", "cosine": f"{reg.cosine:.3f}"}  # +
+                    shown |= {name: f"{value:.3g}" for name, value in reg.logs().items()}  # +
                     progress.set_postfix(shown)
             model.eval()
             with torch.no_grad():

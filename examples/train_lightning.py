@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning
+import loss_options  # +
 import torch
 import torch.nn.functional as F
 import torchvision
@@ -27,14 +28,12 @@ from interpgrad import InterpretableGradientLoss  # +
 class Classifier(lightning.LightningModule):
     """Cross-entropy plus the loss, in automatic optimization."""
 
-    def __init__(
-        self, model: str, classes: int, lr: float, lam: float = 7.5e-3, error: str = "cos", every: int = 1
-    ) -> None:
+    def __init__(self, model: str, classes: int, lr: float, loss: dict[str, Any]) -> None:
         super().__init__()
-        self.save_hyperparameters()
+        self.save_hyperparameters(ignore="loss")
         self.lr = lr
         self.model = torchvision.models.get_model(model, weights=None, num_classes=classes)
-        self.reg = InterpretableGradientLoss(self.model, error, lam, every=every, activations="all")  # +
+        self.reg = InterpretableGradientLoss(self.model, **loss)  # +
 
     def forward(self, x: Tensor) -> Tensor:
         return self.model(x)
@@ -45,9 +44,7 @@ class Classifier(lightning.LightningModule):
             logits = self.model(x)
         loss = F.cross_entropy(logits, y) + self.reg(x, y)  # + self.reg(x, y)
         self.log("loss", loss, prog_bar=True)
-        if self.reg.penalty is not None:  # + as when resumed between two steps of `every`
-            self.log("lam_R", self.reg.lam * self.reg.penalty, prog_bar=True)  # +
-            self.log("cosine", self.reg.cosine, prog_bar=True)  # +
+        self.log_dict(self.reg.logs(), prog_bar=True)  # +
         return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor], _: int) -> None:
@@ -97,9 +94,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path("output"))
     parser.add_argument("--resume", help="a checkpoint, for instance OUTPUT/last.ckpt")
     parser.add_argument("--stop-after", type=int, help="epochs after which to stop, of all that are planned")
-    parser.add_argument("--lam", type=float, default=7.5e-3, help="weight of the loss; 0 trains without")  # +
-    parser.add_argument("--error", default="cos", choices=["cos", "mae", "mse", "hi"])  # +
-    parser.add_argument("--every", type=int, default=1, help="computed at one of so many steps")  # +
+    loss_options.add_arguments(parser)  # +
     return parser.parse_args()
 
 
@@ -127,7 +122,7 @@ def main() -> None:
     args = arguments()
     lightning.seed_everything(args.seed, verbose=False)
     train, test = loaders(args.data, args.size, args.batch_size, args.workers)
-    model = Classifier(args.model, len(train.dataset.classes), args.lr, args.lam, args.error, args.every)
+    model = Classifier(args.model, len(train.dataset.classes), args.lr, loss_options.settings(args))
     trainer = lightning.Trainer(
         max_epochs=args.epochs,
         devices=args.devices if not args.devices.isdecimal() else int(args.devices),

@@ -14,6 +14,7 @@ import math
 from contextlib import nullcontext
 from pathlib import Path
 
+import loss_options  # +
 import timm
 import torch
 from timm.data import Mixup, create_dataset, create_loader
@@ -68,9 +69,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--stop-after", type=int, help="epochs after which to stop, of all that are planned")
     parser.add_argument("--output", type=Path, default=Path("output"))
     parser.add_argument("--resume", default="", help="a checkpoint, for instance OUTPUT/last.pth.tar")
-    parser.add_argument("--lam", type=float, default=7.5e-3, help="weight of the loss; 0 trains without")  # +
-    parser.add_argument("--error", default="cos", choices=["cos", "mae", "mse", "hi"])  # +
-    parser.add_argument("--every", type=int, default=1, help="computed at one of so many steps")  # +
+    loss_options.add_arguments(parser)  # +
     return parser.parse_args()
 
 
@@ -110,8 +109,7 @@ def train_epoch(epoch, model, loader, mixup, loss_fn, reg, optimizer, scheduler,
                     ema.update(model, step=updates)
                 if scheduler:
                     scheduler.step_update(updates)
-            if reg.penalty is not None:  # + as when resumed between two steps of `every`
-                shown |= {"lam_R": f"{reg.lam * reg.penalty:.2g}", "cosine": f"{reg.cosine:.3f}"}  # +
+            shown |= {name: f"{value:.3g}" for name, value in reg.logs().items()}  # +
             progress.set_postfix(loss=f"{losses.avg:.3f}", **shown)
     return losses.avg
 
@@ -159,10 +157,8 @@ def main() -> None:
     if args.distributed:
         model = DistributedDataParallel(model, device_ids=[args.device] if args.device.type == "cuda" else None)
     loss_fn = nn.BCEWithLogitsLoss() if args.bce_loss else SoftTargetCrossEntropy()
-    criterion = nn.BCEWithLogitsLoss(reduction="sum") if args.bce_loss else None  # + whose gradients are compared
-    reg = InterpretableGradientLoss(  # +
-        model, args.error, args.lam, criterion=criterion, every=args.every, activations="all"
-    )
+    compared = {"criterion": loss_fn} if args.bce_loss else {}  # + whose gradients
+    reg = InterpretableGradientLoss(model, **loss_options.settings(args) | compared)  # +
 
     first = 0
     if args.resume:
@@ -172,7 +168,7 @@ def main() -> None:
             load_checkpoint(ema.module, args.resume, use_ema=True)
         if scheduler:
             scheduler.step_update(first * math.ceil(len(train_loader) / args.grad_accum_steps))
-        reg.set_extra_state(torch.tensor(first * len(train_loader)))  # + the counter of `every`
+        reg.set_extra_state(torch.tensor(first * len(train_loader)))  # + the count of steps
     args.output.mkdir(parents=True, exist_ok=True)
     saver = CheckpointSaver(model, optimizer, model_ema=ema, amp_scaler=scaler, checkpoint_dir=str(args.output))
     if is_primary(args):

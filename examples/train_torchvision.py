@@ -16,6 +16,7 @@ import random
 from contextlib import nullcontext
 from pathlib import Path
 
+import loss_options  # +
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -53,9 +54,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--output-dir", type=Path, default=Path("output"))
     parser.add_argument("--resume", type=Path, help="a checkpoint, for instance OUTPUT_DIR/checkpoint.pth")
     parser.add_argument("--stop-after", type=int, help="epochs after which to stop, of all that are planned")
-    parser.add_argument("--lam", type=float, default=7.5e-3, help="weight of the loss; 0 trains without")  # +
-    parser.add_argument("--error", default="cos", choices=["cos", "mae", "mse", "hi"])  # +
-    parser.add_argument("--every", type=int, default=1, help="computed at one of so many steps")  # +
+    loss_options.add_arguments(parser)  # +
     return parser.parse_args()
 
 
@@ -105,8 +104,7 @@ def train_one_epoch(epoch, model, loader, reg, optimizer, scheduler, scaler, ema
             if ema:
                 ema.update_parameters(model)
             shown = {"loss": f"{loss.item():.3f}"}
-            if reg.penalty is not None:  # + as when resumed between two steps of `every`
-                shown |= {"lam_R": f"{reg.lam * reg.penalty:.2g}", "cosine": f"{reg.cosine:.3f}"}  # +
+            shown |= {name: f"{value:.3g}" for name, value in reg.logs().items()}  # +
             progress.set_postfix(shown)
 
 
@@ -145,10 +143,10 @@ def main() -> None:
     whole = model
     if args.distributed:
         model = DistributedDataParallel(model, [torch.cuda.current_device()] if args.device.type == "cuda" else None)
-    reg = InterpretableGradientLoss(model, args.error, args.lam, every=args.every, activations="all")  # +
+    reg = InterpretableGradientLoss(model, **loss_options.settings(args))  # +
 
     stateful = {"model": whole, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
-    stateful |= {"reg": reg} | ({"ema": ema} if ema else {})  # + "reg": the counter of `every`
+    stateful |= {"reg": reg} | ({"ema": ema} if ema else {})  # + "reg": the count of steps
     first, path = 0, args.output_dir / "checkpoint.pth"
 
     def save(finished: int) -> None:

@@ -1,17 +1,102 @@
-"""The scalar whose input gradients are compared: a function of the logits and the targets."""
+"""The object C whose input gradients are compared, by its derivative v at the logits z: delta = J^T v.
+
+Constant v: "log_prob", v = e_y - p, and "logit", v = e_y, where p is the softmax of z and e_y the target's indicator,
+or its probabilities. A penalty on delta then shapes how evidence flows to the logits, and not how sure the network is.
+
+Differentiated v: "cross_entropy", v = p - e_y, as in Algorithm 1 of Torres et al., arXiv 2404.15024, and callables.
+
+Guided backpropagation is not odd: the guided gradient of the log-probability follows the evidence for the target, the
+one of the cross-entropy, its negative, the evidence for the other classes.
+
+Shapes: logits and v (N, C), y (N,) class indices or (N, C) probabilities; further dimensions follow C.
+"""
 
 from __future__ import annotations
 
+import copy
+import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-Criterion = Callable[[Tensor, Any], Tensor]
+from interpgrad import graph
+
+Criterion = Callable[[Tensor, Any], Tensor]  # (logits, y) -> 0-dim
+Derivative = Callable[[Tensor, Any, bool], Tensor]  # (logits, y, create_graph) -> v
 
 _IGNORED = -100  # the default ignore_index of F.cross_entropy
+_MEANS = ("mean", "batchmean")
+
+
+def derivative_of(criterion: Criterion | str) -> Derivative:
+    """The derivative at the logits of the criterion with this name, or of a callable summed over the batch."""
+    if isinstance(criterion, str) and criterion in _DERIVATIVES:
+        return _DERIVATIVES[criterion]
+    if isinstance(criterion, (str, type)) or not callable(criterion):
+        raise ValueError(
+            f"expected criterion to be one of {', '.join(map(repr, _DERIVATIVES))} or a callable (logits, y) -> 0-dim, "
+            f"got {criterion!r}."
+        )
+    return functools.partial(_differentiated, _summed(criterion))
+
+
+def _log_prob(logits: Tensor, y: Tensor, create_graph: bool) -> Tensor:  # noqa: ARG001
+    """e_y - p, or y - p sum(y), as sums over the other classes: 1 - p_y cancels where the network is sure.
+
+    In single precision it is 0 for every p_y > 1 - 6e-8, and the target's logit drops out of the gradient.
+    """
+    p, y = _single(logits.detach()).softmax(1), _distribution(logits, y)
+    return y * _sum_of_others(p) - p * _sum_of_others(y)
+
+
+def _logit(logits: Tensor, y: Tensor, create_graph: bool) -> Tensor:  # noqa: ARG001
+    return _distribution(logits, y)
+
+
+def _distribution(logits: Tensor, y: Tensor) -> Tensor:
+    """(N, C): y, or ones at the targets, but for those to ignore."""
+    zeros = torch.zeros_like(_single(logits.detach()))
+    if y.shape != (logits.shape if y.is_floating_point() else (*logits.shape[:1], *logits.shape[2:])):
+        raise ValueError(
+            f"expected y to hold class indices, or probabilities of the shape of the logits, {tuple(logits.shape)}, "
+            f"got {y.dtype} of shape {tuple(y.shape)}."
+        )
+    if y.is_floating_point():
+        return zeros + y.detach()
+    y = y.long().unsqueeze(1)
+    return zeros.scatter(1, torch.where(y == _IGNORED, 0, y), (y != _IGNORED).to(zeros.dtype))
+
+
+def _sum_of_others(share: Tensor) -> Tensor:
+    """For each class the sum over the others, of numbers that are not negative."""
+    largest = share.argmax(1, keepdim=True)
+    total_of_others = share.scatter(1, largest, 0).sum(1, keepdim=True)
+    return (share.sum(1, keepdim=True) - share).scatter(1, largest, total_of_others)
+
+
+def _differentiated(criterion: Criterion, logits: Tensor, y: Any, create_graph: bool) -> Tensor:
+    """The derivative of criterion(logits, y), by autograd."""
+    value = criterion(logits.clone(), y)  # it may work in place; the logits may be the user's
+    if not isinstance(value, Tensor) or value.dim() != 0:
+        received = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(
+            f"expected the criterion to return a 0-dim tensor, got {received}: sum it over the batch "
+            '(reduction="sum"), so that a sample\'s gradient does not depend on the batch size.'
+        )
+    operations = graph.operations(value, until=logits)
+    graph.refuse_opaque(operations)
+    if create_graph:
+        graph.refuse_once_differentiable(operations)
+    v = None
+    if value.requires_grad:
+        (v,) = torch.autograd.grad(value, logits, retain_graph=True, create_graph=create_graph, allow_unused=True)
+    if v is None:
+        raise graph.no_path_to_images()
+    return v
 
 
 def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
@@ -21,11 +106,12 @@ def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
     value, but p_y - 1 in its gradient cancels: in single precision the target's logit drops out of the
     gradient of every sample with p_y > 1 - 6e-8, and the direction of what is left is another one.
     """
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = _single(logits)
     if y.is_floating_point() or logits.dim() != 2 or logits.shape[1] == 1:
         return F.cross_entropy(logits, y, reduction="sum")
+    y = y.long()
     kept = y != _IGNORED
-    target = torch.where(kept, y, 0).long()[:, None]
+    target = torch.where(kept, y, 0)[:, None]
     finite = logits.clamp(min=torch.finfo(logits.dtype).min / 2)  # a masked class has no gradient, not NaN
     margin = finite.scatter(1, target, -torch.inf).logsumexp(1) - finite.gather(1, target).squeeze(1)
     # The same function twice: each form loses the second derivative where the other one is used.
@@ -33,33 +119,40 @@ def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
     return torch.where(kept, loss, 0).sum()
 
 
-def target_logit(logits: Tensor, y: Tensor) -> Tensor:
-    """Sum of the targets' logits, what saliency methods explain; of the expected logits for probabilities y."""
-    if y.is_floating_point():
-        return (logits * y).sum()
-    return logits.gather(1, y[:, None]).sum()
+def _cross_entropy(logits: Tensor, y: Tensor, create_graph: bool) -> Tensor:
+    # In half-precision logits its gradient may have underflowed already.
+    return _differentiated(cross_entropy, _single(logits), y, create_graph)
 
 
-def resolve_criterion(criterion: Criterion | str | None) -> Criterion:
-    """The criterion behind a name; None is the summed cross-entropy."""
-    if criterion is None:
-        return cross_entropy
-    if criterion == "logit":
-        return target_logit
-    if isinstance(criterion, str) or not callable(criterion):
-        raise ValueError(
-            f'expected criterion=None (cross-entropy), "logit" or a callable (logits, y) -> 0-dim, got {criterion!r}.'
-        )
-    return criterion
+def _summed(criterion: Criterion) -> Criterion:
+    """The criterion with reduction="sum" in the place of "mean", where it says how that is done.
+
+    torch's losses do, and functions with a parameter of this name.
+    """
+    if isinstance(criterion, nn.Module):
+        reduction = getattr(criterion, "reduction", None)
+        if isinstance(criterion, nn.modules.loss._Loss) and reduction in _MEANS:
+            criterion = copy.copy(criterion)
+            criterion.reduction = "sum"
+        elif reduction in _MEANS:
+            raise ValueError(
+                f"expected a criterion summed over the batch, got {type(criterion).__name__} with "
+                f'reduction="{reduction}", whose value depends on the batch size: make it with reduction="sum".'
+            )
+        return criterion
+    try:
+        reduction = inspect.signature(criterion).parameters["reduction"].default
+    except (TypeError, ValueError, KeyError):  # without a signature, or such a parameter
+        return criterion
+    return functools.partial(criterion, reduction="sum") if reduction in _MEANS else criterion  # type: ignore[call-arg]
 
 
-def evaluate(criterion: Criterion, logits: Tensor, y: Any) -> Tensor:
-    """The value of the criterion, checked to be a 0-dim tensor."""
-    loss = criterion(logits.clone(), y)  # the criterion may work in place; the logits may be the user's
-    if not isinstance(loss, Tensor) or loss.dim() != 0:
-        received = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-        raise ValueError(
-            f"expected the criterion to return a 0-dim tensor, got {received}: sum it over the batch "
-            '(reduction="sum"), so that a sample\'s gradient does not depend on the batch size.'
-        )
-    return loss
+def _single(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+_DERIVATIVES: dict[str, Derivative] = {
+    "log_prob": _log_prob,
+    "logit": _logit,
+    "cross_entropy": _cross_entropy,
+}

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from interpgrad.autocast import without_autocast
 from interpgrad.double_backward import fast_double_backward
-from interpgrad.double_backward.attention import differentiable_attention
 from interpgrad.double_backward.engine import Root
-from interpgrad.double_backward.sync_batch_norm import differentiable_sync_batch_norm
+from interpgrad.double_backward.sync_batch_norm import replaced_sync_batch_norm
 from interpgrad.model import logits_of, unwrap
 
 _ROOT: Any = Root._backward_cls
@@ -45,9 +45,14 @@ class Forward(NamedTuple):
         """The logits in the output: itself, its `.logits`, or the first of a tuple."""
         return logits_of(self.output)
 
-    def inner_passes(self) -> AbstractContextManager[None]:
-        """The context of backward passes that are not the user's: layers that run again count no batch twice."""
-        return _own_buffers(self.recomputed) if self.recomputed else nullcontext()
+    @contextmanager
+    def inner_passes(self) -> Iterator[None]:
+        """The context of backward passes that are not the user's.
+
+        Layers that run again count no batch twice. Nothing is cast: the user's autocast is for forward passes.
+        """
+        with _own_buffers(self.recomputed) if self.recomputed else nullcontext(), without_autocast(self.image.device):
+            yield
 
     def close(self) -> None:
         """Say that no backward pass from now on needs the images' gradient, unless the user does."""
@@ -56,7 +61,12 @@ class Forward(NamedTuple):
 
 
 def forward_without_trace(
-    model: nn.Module, x: Tensor, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    model: nn.Module,
+    x: Tensor,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    batch_norm: str = "frozen",
 ) -> Forward:
     """A forward pass of its own.
 
@@ -68,13 +78,9 @@ def forward_without_trace(
     image, model_input = _root_of_graph(x)
     root: Any = model_input.grad_fn
     root.without_trace = True
-    recording = fast_double_backward()
-    recording.recompute_in = functools.partial(_recomputing, module)
     with (
-        _own_buffers(module),
         _random_state_restored(module, x),
-        recording,
-        differentiable_sync_batch_norm(module),
+        _recording(module, batch_norm, without_trace=True) as recording,
         _eager(module),
     ):
         output = module(model_input, *args, **(kwargs or {}))
@@ -84,11 +90,11 @@ def forward_without_trace(
 class Recorder:
     """The user's own forward pass: the last outermost one inside `recording`, on the thread that entered it."""
 
-    def __init__(self) -> None:
+    def __init__(self, batch_norm: str) -> None:
         self.forward: Forward | None = None
         self.finished = 0
+        self._batch_norm = batch_norm
         self._thread = threading.get_ident()
-        self._mode = fast_double_backward()
         self._calls: list[tuple[Tensor, Tensor, Any] | None] = []  # those under way
 
     @contextmanager
@@ -107,7 +113,7 @@ class Recorder:
             module.register_forward_hook(self._after, always_call=True),
         ]
         try:
-            with self._mode, differentiable_sync_batch_norm(module):
+            with _recording(module, self._batch_norm) as self._mode:
                 yield
         finally:
             for handle in handles:
@@ -200,14 +206,17 @@ def _first_parameter(module: nn.Module, kwargs: Mapping[str, Any]) -> str | None
     return first if first in kwargs else next((name for name in kwargs if _is_floating_point(kwargs[name])), None)
 
 
-_on_clones: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-
-
 @contextmanager
-def _recomputing(module: nn.Module) -> Iterator[None]:
-    """Where the layers of a forward pass without a trace are run again."""
-    with differentiable_attention(), _own_buffers(module):
-        yield
+def _recording(module: nn.Module, batch_norm: str, *, without_trace: bool = False) -> Iterator[fast_double_backward]:
+    """Operations that can be differentiated twice, also in the layers that backward passes run again."""
+    buffers = _own_buffers(module) if without_trace else nullcontext()
+    with buffers, fast_double_backward() as mode:
+        with replaced_sync_batch_norm(module, differentiable=batch_norm == "coupled"):
+            mode.recompute_in = functools.partial(_recording, module, batch_norm, without_trace=without_trace)
+            yield mode
+
+
+_on_clones: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 @contextmanager

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 
-from interpgrad import graph
-from interpgrad.criteria import Criterion, cross_entropy, evaluate, resolve_criterion
+from interpgrad import frozen, graph
+from interpgrad.criteria import Criterion, Derivative, derivative_of
 from interpgrad.forward import Forward, check_batch, forward_without_trace
 from interpgrad.guided import check_activations, guided_backward
+
+BATCH_NORM = ("frozen", "coupled")
 
 _ATTEMPTS = 4  # at a scale for float16
 
@@ -20,11 +23,12 @@ def input_gradients(
     x: Tensor,
     y: Any = None,
     *,
-    criterion: Criterion | str | None = None,
-    activations: str = "relu",
+    criterion: Criterion | str = "log_prob",
+    batch_norm: str = "frozen",
+    activations: str = "all",
     create_graph: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """The input gradient of the classification loss, and the guided one, from one forward pass.
+    """The input gradient of a function of the logits, and the guided one, from one forward pass.
 
     The forward pass leaves no trace: buffers, `.grad`, modes, hooks and the random state are as before.
 
@@ -34,10 +38,12 @@ def input_gradients(
         x: images, floating point, (N, C, H, W) or any shape that begins with N.
         y: what `criterion` takes beside the logits: class indices (N,) or probabilities (N, C) for the
             built-in ones. None means the predicted class.
-        criterion: None, the cross-entropy summed over the batch; "logit", the target's logit summed over the
-            batch; or a callable `(logits, y) -> 0-dim tensor`.
-        activations: "relu" for the piecewise-linear family, "all" for smooth rectifiers as well
-            (see `interpgrad.guided`).
+        criterion: "log_prob", the target's log-probability; "logit", the target's logit; "cross_entropy"; or a
+            callable `(logits, y) -> 0-dim tensor`; all summed over the batch. Differentiated again, the derivative of
+            the first two at the logits is a constant (see `interpgrad.criteria`).
+        batch_norm: "frozen", the statistics of the batch are constants in the gradients, as inference holds them;
+            "coupled", they are functions of the batch, as plain autograd has them. The same in evaluation mode.
+        activations: "all", every rectifier; "relu", the piecewise-linear family alone (see `interpgrad.guided`).
         create_graph: whether the first gradient can be differentiated again, in x and the parameters.
 
     Returns:
@@ -46,10 +52,11 @@ def input_gradients(
     Raises:
         TypeError, ValueError: x is no floating point tensor, is empty, or does not match y in size; the
             criterion does not return a scalar; the output holds no logits; an unknown name.
-        RuntimeError: under `torch.inference_mode()`; no activation of the family was met; an operation
-            hides its activations or cannot be differentiated twice.
+        RuntimeError: under `torch.inference_mode()`; no activation of the family was met, or others beside "relu";
+            an operation hides its activations or cannot be differentiated twice.
 
-    Source: Torres et al., arXiv 2404.15024, Algorithm 1; Springenberg et al., arXiv 1412.6806.
+    Source: Torres et al., arXiv 2404.15024, Algorithm 1 (its reading: "cross_entropy", "coupled"); Springenberg et al.,
+    arXiv 1412.6806.
 
     >>> model = nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 3))
     >>> delta, guided = input_gradients(model, torch.randn(2, 3, 2, 2), torch.tensor([0, 2]))
@@ -58,83 +65,114 @@ def input_gradients(
     """
     check_batch(x, y)
     check_activations(activations)
-    criterion = resolve_criterion(criterion)
+    check_batch_norm(batch_norm)
+    derivative = derivative_of(criterion)
     with torch.enable_grad():
-        forward = forward_without_trace(model, x)
+        forward = forward_without_trace(model, x, batch_norm=batch_norm)
         y = forward.logits.detach().argmax(1) if y is None else y
-        return gradient_pair(forward, y, criterion=criterion, activations=activations, create_graph=create_graph)
+        return gradient_pair(
+            forward, y, derivative=derivative, batch_norm=batch_norm, activations=activations, create_graph=create_graph
+        )
+
+
+def check_batch_norm(batch_norm: str) -> None:
+    """Refuse an unknown name."""
+    if batch_norm not in BATCH_NORM:
+        raise ValueError(f'expected batch_norm="frozen" or batch_norm="coupled", got {batch_norm!r}.')
 
 
 def gradient_pair(
     forward: Forward,
     y: Any,
     *,
-    criterion: Criterion,
+    derivative: Derivative,
+    batch_norm: str,
     activations: str,
     create_graph: bool,
     verified: set[frozenset[str]] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The input gradient and the guided one of criterion(logits, y), from the graph of one forward pass.
+    """J^T v, with v the derivative at the logits, and its guided twin, from the graph of one forward pass.
 
     `verified` remembers the sets of operations already known to have a double backward.
     """
-    image = forward.image
-    loss = evaluate(criterion, forward.logits, y)
-    network = list(graph.nodes(forward.logits, until=image))
-    float16 = torch.float16 in (image.dtype, forward.logits.dtype) or graph.casts_to(torch.float16, network)
-    scale = _float16_scale(loss, criterion, forward.logits, y) if float16 else None
-
-    operations = [*graph.nodes(loss, until=forward.logits), *network]
+    image, logits = forward.image, forward.logits
+    if not logits.requires_grad:
+        raise graph.no_path_to_images()
+    v = derivative(logits, y, create_graph)
+    operations = graph.operations(logits, until=image)
     graph.refuse_opaque(operations)
     if create_graph:
         graph.refuse_once_differentiable(operations)
+    if create_graph or batch_norm == "frozen":
+        graph.refuse_sync_batch_norm(operations)
 
-    for _ in range(_ATTEMPTS):
-        scaled = loss if scale is None else loss * scale
-        with forward.inner_passes():
-            with guided_backward(network, activations):
-                guided = _gradient(scaled, image, create_graph=False)
-            delta = _gradient(scaled, image, create_graph=create_graph)
-        if scale is None or bool(delta.isfinite().all() & guided.isfinite().all()):
-            break
-        scale = scale / 64  # the network amplifies its gradients beyond what float16 holds
+    network = frozen.Network(operations, forward.inner_passes)
+    passes = _InnerPasses(forward, network, batch_norm, activations, create_graph)
+    float16 = torch.float16 in (image.dtype, logits.dtype) or graph.casts_to(torch.float16, operations)
+    names = frozenset((*operations, *graph.operations(v, until=logits)))
+    delta, guided = (passes.in_float16 if float16 else passes.run)(v, verified is None or names not in verified)
+    if create_graph and verified is not None:
+        verified.add(names)
+    return delta, guided
 
-    if create_graph:
-        names = frozenset(map(graph.op_name, operations))
-        if verified is None or names not in verified:
+
+class _InnerPasses(NamedTuple):
+    """The two backward passes over the graph of a forward pass that yield delta and the guided gradient."""
+
+    forward: Forward
+    network: frozen.Network
+    batch_norm: str
+    activations: str
+    create_graph: bool
+
+    def run(self, v: Tensor, verify: bool) -> tuple[Tensor, Tensor]:
+        """Both gradients; with `verify`, an error if delta cannot be differentiated."""
+        logits, network = self.forward.logits, self.network
+        if self.batch_norm == "coupled":
+            with network.inner():
+                return self._two_passes(logits, v, verify)
+        norms = frozen.batch_statistics(network.operations) if self.create_graph else set()
+        # Where v is a function of the logits, that derivative runs through the user's graph, which is coupled.
+        leaf = v.detach().requires_grad_() if norms and v.requires_grad else v
+        with network.inner(), network.frozen_pass(logits) as output:
+            delta, guided = self._two_passes(output, leaf, verify)
+        return self._apart(delta, v, leaf, norms), guided
+
+    def in_float16(self, v: Tensor, verify: bool) -> tuple[Tensor, Tensor]:
+        """As `run`, on v times a scale, by which the results are divided: gradients inside the network underflow.
+
+        The largest gradient at the logits becomes about 2^8. A power of two, so nothing is rounded.
+        """
+        v = v.to(torch.promote_types(v.dtype, torch.float32))
+        largest = v.detach().abs().max()
+        scale = torch.where(largest > 0, torch.exp2((8 - largest.log2().ceil()).clamp(-100, 100)), 1)
+        for _ in range(_ATTEMPTS):
+            delta, guided = self.run(v * scale, verify)
+            if bool(delta.isfinite().all() & guided.isfinite().all()):
+                break
+            scale = scale / 64  # the network amplifies its gradients beyond what float16 holds
+        return _unscale(delta, scale), _unscale(guided, scale)
+
+    def _two_passes(self, logits: Tensor, v: Tensor, verify: bool) -> tuple[Tensor, Tensor]:
+        """J^T v, and guided. The graph is kept in any case: it is also the one of the user's own loss."""
+        image, v = self.forward.image, v.to(logits.dtype)
+        with guided_backward(self.network.operations, self.activations):
+            (guided,) = torch.autograd.grad(logits, image, v.detach(), retain_graph=True, allow_unused=True)
+            if guided is None:
+                raise graph.no_path_to_images()
+        (delta,) = torch.autograd.grad(logits, image, v, retain_graph=True, create_graph=self.create_graph)
+        if self.create_graph and verify:
             graph.refuse_failing_double_backward(delta, until=image)
-        if verified is not None:
-            verified.add(names)
-    return (delta, guided) if scale is None else (_unscale(delta, scale), _unscale(guided, scale))
+        return delta, guided
 
-
-def _gradient(loss: Tensor, image: Tensor, *, create_graph: bool) -> Tensor:
-    gradient = None
-    if loss.requires_grad:
-        # The graph is kept in any case: it is also the one of the user's own loss if the forward pass is shared.
-        (gradient,) = torch.autograd.grad(loss, image, retain_graph=True, create_graph=create_graph, allow_unused=True)
-    if gradient is None:
-        raise RuntimeError(
-            "expected a criterion that depends on the images, got one with no path back to them: look for "
-            "torch.no_grad() or .detach() inside the model or the criterion."
-        )
-    return gradient
-
-
-def _float16_scale(loss: Tensor, criterion: Criterion, logits: Tensor, y: Any) -> Tensor:
-    """What to multiply the loss with: under float16 the gradients inside the network underflow.
-
-    The largest gradient at the logits becomes about 2^8. A power of two, so nothing is rounded.
-    """
-    if not loss.requires_grad:
-        return loss.new_ones(())
-    if criterion is cross_entropy:  # at half-precision logits its gradient may have underflowed already
-        logits = logits.detach().float().requires_grad_()
-        loss = cross_entropy(logits, y)
-    (gradient,) = torch.autograd.grad(loss, logits, retain_graph=True, allow_unused=True)
-    largest = torch.ones_like(loss) if gradient is None else gradient.detach().abs().max().to(loss.dtype)
-    scale = torch.exp2((8 - largest.log2().ceil()).clamp(-100, 100))
-    return torch.where(largest > 0, scale, 1)
+    def _apart(self, delta: Tensor, v: Tensor, leaf: Tensor, norms: set[Node]) -> Tensor:
+        """Delta, differentiated in a pass of its own if its derivative reaches batch norm in the forward pass."""
+        image = self.forward.image
+        if not norms or (leaf is v and norms.isdisjoint(graph.nodes(delta, until=image))):
+            return delta
+        inputs = [each for each in graph.leaves(delta, until=image) if each is not image and each is not leaf]
+        inputs += [image] if self.forward.x.requires_grad else []
+        return frozen.apart(self.network, delta, [leaf, *inputs], [v, *inputs])
 
 
 def _unscale(gradient: Tensor, scale: Tensor) -> Tensor:

@@ -24,6 +24,8 @@ _OPAQUE = {
 
 _ONCE_DIFFERENTIABLE = once_differentiable(lambda *_: None).__code__
 
+Operations = dict[str, list[Node]]
+
 
 class OpaqueGraphError(RuntimeError):
     """The graph has a node behind which activations cannot be seen."""
@@ -42,6 +44,19 @@ def nodes(output: Tensor, until: Tensor) -> Iterator[Node]:
         pending.extend(parent for parent, _ in node.next_functions)
 
 
+def operations(output: Tensor, until: Tensor) -> Operations:
+    """The nodes of that graph by the operation they differentiate: it has thousands, of a dozen kinds."""
+    found: Operations = {}
+    for node in nodes(output, until):
+        found.setdefault(op_name(node), []).append(node)
+    return found
+
+
+def leaves(output: Tensor, until: Tensor) -> list[Tensor]:
+    """The tensors that gradients of `output` are accumulated in."""
+    return [node.variable for node in nodes(output, until) if op_name(node) == "AccumulateGrad"]  # type: ignore[attr-defined]
+
+
 def op_name(node: Node) -> str:
     """The operation a node differentiates: "Relu" for ReluBackward0, in every release's spelling."""
     return _operation(node.name())
@@ -52,39 +67,41 @@ def _operation(name: str) -> str:
     return name.rpartition("::")[2].rstrip("0123456789").removesuffix("Backward")
 
 
-def casts_to(dtype: torch.dtype, recorded: list[Node]) -> bool:
+def casts_to(dtype: torch.dtype, recorded: Operations) -> bool:
     """Whether anything is cast to dtype on the way: by autocast, wherever that was on, or by hand."""
-    return any(
-        gradient.dtype == dtype for node in recorded if op_name(node) == "ToCopy" for gradient in node._input_metadata
-    )
+    return any(gradient.dtype == dtype for node in recorded.get("ToCopy", ()) for gradient in node._input_metadata)
 
 
-def refuse_opaque(recorded: list[Node]) -> None:
+def refuse_opaque(recorded: Operations) -> None:
     """Raise an OpaqueGraphError, which says what to do, if there is such a node."""
-    for node in recorded:
-        if remedy := _OPAQUE.get(op_name(node)):
-            raise OpaqueGraphError(f"expected a graph of single operations, got a {node.name()} node: {remedy}.")
+    for name in recorded.keys() & _OPAQUE.keys():
+        node = recorded[name][0].name()
+        raise OpaqueGraphError(f"expected a graph of single operations, got a {node} node: {_OPAQUE[name]}.")
 
 
-def refuse_once_differentiable(recorded: list[Node]) -> None:
+def refuse_sync_batch_norm(recorded: Operations) -> None:
+    """Raise a RuntimeError if there is batch norm across ranks that is not this package's."""
+    if "SyncBatchNorm" in recorded:
+        raise RuntimeError(
+            "expected operations with a double backward, got a SyncBatchNorm across ranks that has none: use "
+            "torch.nn.SyncBatchNorm, BatchNorm (per-rank statistics), or a norm without batch statistics such as "
+            "GroupNorm."
+        )
+
+
+def refuse_once_differentiable(recorded: Operations) -> None:
     """Raise a RuntimeError naming the operation if the graph cannot be differentiated twice."""
-    for node in recorded:
-        if op_name(node) == "SyncBatchNorm":
-            raise RuntimeError(
-                "expected operations with a double backward, got a SyncBatchNorm across ranks that has none: "
-                "use torch.nn.SyncBatchNorm outside of checkpointed layers, BatchNorm (per-rank statistics), or a norm "
-                "without batch statistics such as GroupNorm."
-            )
+    if "WarnNotImplemented" in recorded:
+        _refuse_double_backward("a custom operator", "it is registered without an autograd kernel")
+    functions: set[Any] = {getattr(node, "_forward_cls", None) for each in recorded.values() for node in each}
+    for function in functions:
         # Such a Function may yield a gradient that looks constant, so the later backward would be silently
         # wrong instead of failing: it has to be found here.
-        function: Any = getattr(node, "_forward_cls", None)
         backward = getattr(function, "backward", None)
         while backward is not None:  # through all decorators
             if getattr(backward, "__code__", None) is _ONCE_DIFFERENTIABLE:
                 _refuse_double_backward(function.__name__, "it is marked @once_differentiable")
             backward = getattr(backward, "__wrapped__", None)
-        if op_name(node) == "WarnNotImplemented":
-            _refuse_double_backward("a custom operator", "it is registered without an autograd kernel")
 
 
 def refuse_failing_double_backward(delta: Tensor, until: Tensor) -> None:
@@ -95,6 +112,14 @@ def refuse_failing_double_backward(delta: Tensor, until: Tensor) -> None:
                 node(*[torch.zeros(()) for _ in getattr(node, "_input_metadata", ())])  # type: ignore[operator]
             except (RuntimeError, TypeError) as reason:
                 _refuse_double_backward(str(reason), "PyTorch has no such derivative")
+
+
+def no_path_to_images() -> RuntimeError:
+    """The error for an object, or logits, in which no gradient of the images can be taken."""
+    return RuntimeError(
+        "expected a criterion that depends on the images, got one with no path back to them: look for "
+        "torch.no_grad() or .detach() inside the model or the criterion."
+    )
 
 
 def _refuse_double_backward(operation: str, why: str) -> None:

@@ -13,7 +13,6 @@ backpropagation: neither the standard nor the double backward can see it.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -23,14 +22,15 @@ from torch import Tensor
 from torch.autograd.graph import Node
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from interpgrad.graph import op_name
+from interpgrad.graph import Operations
 
 # Operation of an autograd node -> the ATen function that is its backward.
 PIECEWISE_LINEAR = {
     "Relu": "threshold_backward",
     "Threshold": "threshold_backward",
     "Hardtanh": "hardtanh_backward",  # also ReLU6
-    "_ReLU": "threshold_backward",  # these two as in interpgrad.double_backward.rectifier
+    "_ReLU": "threshold_backward",  # these three as in interpgrad.double_backward.rectifier
+    "_LeakyReLU": "leaky_relu_backward",
     "_Hardtanh": "hardtanh_backward",
     "LeakyRelu": "leaky_relu_backward",
     "PreluKernel": "_prelu_kernel_backward",
@@ -62,33 +62,40 @@ def check_activations(activations: str) -> None:
 
 
 @contextmanager
-def guided_backward(graph: list[Node], activations: str) -> Iterator[None]:
+def guided_backward(graph: Operations, activations: str) -> Iterator[None]:
     """While active, a backward pass over `graph` is guided at the activations of the chosen family.
 
-    Raises RuntimeError on leaving if the graph has no such activation: the pass was an ordinary one.
+    Raises RuntimeError on leaving if the graph has no such activation: the pass was an ordinary one. And on entering
+    if it has, beside those of the family "relu", others, which would not be guided.
     """
     family = FAMILIES[activations]
+    guided = [node for name in graph.keys() & family.keys() for node in graph[name] if _is_activation(name, node)]
+    left = sorted(graph.keys() & SMOOTH.keys()) if activations == "relu" else []
+    if left and guided:
+        raise RuntimeError(
+            f'expected activations of the family activations="relu" alone, got {", ".join(left)} beside them, which '
+            'would be left unguided: pass activations="all".'
+        )
     clamp = _Clamp()
     with ExitStack() as hooks:
-        for node in graph:
-            if _is_activation(node, family):
-                hooks.callback(node.register_prehook(clamp).remove)
-        inplace = [node for node in graph if op_name(node) == "CopySlices"]
+        for node in guided:
+            hooks.callback(node.register_prehook(clamp).remove)
+        inplace = graph.get("CopySlices")
         on_views = hooks.enter_context(_ClampInsideCopySlices(inplace, family)) if inplace else None
         yield
     if not clamp.met and not (on_views and on_views.met):
         raise RuntimeError(_no_activation(graph, activations))
 
 
-def _is_activation(node: Node, family: dict[str, str]) -> bool:
-    name = op_name(node)
+def _is_activation(name: str, node: Node) -> bool:
+    """Whether a node of a family's name is one: clamps are, at 0."""
     if name in ("ClampMin", "Clamp"):
         return _is_zero(getattr(node, "_saved_min", None))
     if name == "Maximum":
         (of_self, _), (of_other, _) = node.next_functions
         saved: Any = node
         return (of_other is None and _is_zero(saved._saved_other)) or (of_self is None and _is_zero(saved._saved_self))
-    return name in family
+    return True
 
 
 def _is_zero(value: float | Tensor | None) -> bool:
@@ -106,12 +113,11 @@ class _Clamp:
         return tuple(None if gradient is None else gradient.clamp(min=0) for gradient in gradients)
 
 
-def _no_activation(graph: list[Node], activations: str) -> str:
-    names = Counter(op_name(node) for node in graph)
-    seen = [f"{name} x{names[name]}" for name in (*FAMILIES["all"], *_OTHERS) if names[name]]
+def _no_activation(graph: Operations, activations: str) -> str:
+    seen = [f"{name} x{len(graph[name])}" for name in (*FAMILIES["all"], *_OTHERS) if name in graph]
     remedy = (
         'Pass activations="all" for a model of smooth activations.'
-        if activations == "relu" and any(names[name] for name in SMOOTH)
+        if activations == "relu" and any(name in graph for name in SMOOTH)
         else f'activations="all" covers {", ".join(SMOOTH)} and the ReLU family; replace what is none of these.'
     )
     return (

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from interpgrad.autocast import without_autocast
-from interpgrad.criteria import Criterion, resolve_criterion
+from interpgrad.criteria import Criterion, derivative_of
 from interpgrad.errors import ERRORS, cos
 from interpgrad.forward import Forward, Recorder, check_batch, forward_without_trace
-from interpgrad.gradients import gradient_pair
+from interpgrad.gradients import check_batch_norm, gradient_pair
 from interpgrad.guided import check_activations
 
 
@@ -31,8 +31,9 @@ class InterpretableGradientLoss(nn.Module):
             logits = model(x)
         loss = F.cross_entropy(logits, y) + reg(x, y)
 
-    Algorithm 1 of Torres et al., "A Learning Paradigm for Interpretable Gradients", arXiv 2404.15024: the
-    input gradient is differentiated, the guided one is a constant.
+    After Torres et al., "A Learning Paradigm for Interpretable Gradients", arXiv 2404.15024: the input
+    gradient is differentiated, the guided one is a constant. Two defaults are not the paper's, whose reading is
+    `criterion="cross_entropy", batch_norm="coupled"`.
 
     Args:
         model: any module taking images first. It is held, not registered: `reg.parameters()` is empty.
@@ -40,29 +41,35 @@ class InterpretableGradientLoss(nn.Module):
             `(delta, guided) -> (N,)`, to be minimized.
         lam: weight of the term; may be changed between steps. At 0 the value is still computed (for the
             log, in `penalty`) but contributes nothing, bit for bit.
-        criterion: the loss whose gradients are compared: None, cross-entropy summed over the batch;
-            "logit", the target's logit, what saliency methods explain; or `(logits, y) -> 0-dim tensor`.
+        criterion: the function of the logits whose gradients are compared: "log_prob", the log-probability of
+            the target; "logit", its logit, what saliency methods explain; "cross_entropy", the loss; or a callable
+            `(logits, y) -> 0-dim tensor`, summed over the batch. Of the first two, how sure the network is
+            is a constant of the penalty (see `interpgrad.criteria`).
+        batch_norm: "frozen": in both gradients, and in what the penalty is differentiated with, the
+            statistics of the batch are constants, as inference holds them. "coupled": functions of the batch, as
+            plain autograd has them in training mode; the gradients aligned are then not those that
+            inference sees. The same in evaluation mode.
         every: lazy regularization: computed at the first of every `every` calls and multiplied by `every`,
             zero and free at the others.
-        activations: "relu", the piecewise-linear family, or "all" for GELU, SiLU, Hardswish, ELU, CELU,
-            Mish and Softplus as well.
-        transform: a differentiable callable applied to both gradients before the error, for instance a
-            low-pass filter or a sum over channels.
+        warmup: the weight grows linearly from 0 to lam over so many calls, those that `every` skips included.
+        activations: "all", every rectifier, or "relu", the piecewise-linear family alone.
+        transform: a differentiable callable applied to both gradients before the error, for instance
+            `interpgrad.low_pass`, or a sum over channels.
 
     Attributes:
         penalty: R of the last computed call: detached, not multiplied by lam; None before the first.
         cosine: mean cosine of delta and guided of that call, before `transform`, whatever the error; likewise detached.
 
-    Batch norm in training mode couples the samples: the gradients are those of the loss of the whole batch.
-    The extra pass normalizes with the batch's statistics and does not update the running ones.
+    With frozen statistics a sample's gradients depend on that sample alone; the extra pass normalizes with the
+    batch's statistics and does not update the running ones.
 
     >>> model = nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 3))
     >>> reg = InterpretableGradientLoss(model, error="cos", lam=7.5e-3)
     >>> x, y = torch.randn(2, 3, 2, 2), torch.tensor([0, 2])
     >>> loss = nn.functional.cross_entropy(model(x), y) + reg(x, y)
     >>> loss.backward()
-    >>> bool(0 <= reg.penalty <= 2)
-    True
+    >>> sorted(reg.logs())
+    ['cosine', 'penalty', 'term']
     """
 
     def __init__(
@@ -71,9 +78,11 @@ class InterpretableGradientLoss(nn.Module):
         error: str | Callable[[Tensor, Tensor], Tensor] = "cos",
         lam: float = 7.5e-3,
         *,
-        criterion: Criterion | str | None = None,
+        criterion: Criterion | str = "log_prob",
+        batch_norm: str = "frozen",
         every: int = 1,
-        activations: str = "relu",
+        warmup: int = 0,
+        activations: str = "all",
         transform: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__()
@@ -86,17 +95,24 @@ class InterpretableGradientLoss(nn.Module):
             )
         if not isinstance(every, int) or every < 1:
             raise ValueError(f"expected every to be an integer of at least 1, got {every!r}.")
+        if not isinstance(warmup, int) or warmup < 0:
+            raise ValueError(f"expected warmup to be a number of calls, an integer of at least 0, got {warmup!r}.")
         check_activations(activations)
+        check_batch_norm(batch_norm)
         self.model = model
         self.error = error
         self.lam = lam
-        self.criterion = resolve_criterion(criterion)
+        self.criterion = criterion
+        self.batch_norm = batch_norm
         self.every = every
+        self.warmup = warmup
         self.activations = activations
         self.transform = transform
         self.penalty: Tensor | None = None
         self.cosine: Tensor | None = None
+        self._derivative = derivative_of(criterion)
         self._step = 0
+        self._term: Tensor | None = None
         self._recorder: Recorder | None = None
         self._verified: set[frozenset[str]] = set()
 
@@ -116,17 +132,19 @@ class InterpretableGradientLoss(nn.Module):
             self._step += 1
             return _zero(x)
 
+        lam = self._weight()
         with torch.enable_grad():
             if training and self._recorder and self._recorder.forward:
                 forward = _same_images(self._recorder.forward, x)
             else:
-                forward = forward_without_trace(self.model, x, model_args, model_kwargs)
+                forward = forward_without_trace(self.model, x, model_args, model_kwargs, batch_norm=self.batch_norm)
             delta, guided = gradient_pair(
                 forward,
                 y,
-                criterion=self.criterion,
+                derivative=self._derivative,
+                batch_norm=self.batch_norm,
                 activations=self.activations,
-                create_graph=training and self.lam != 0,
+                create_graph=training and lam != 0,
                 verified=self._verified,
             )
             delta, guided = _at_least_single(delta), _at_least_single(guided)
@@ -136,11 +154,13 @@ class InterpretableGradientLoss(nn.Module):
 
         self.penalty, self.cosine = penalty.detach(), cosine
         if not training:
-            return self.lam * self.penalty
+            self._term = lam * self.penalty
+            return self._term
+        self._term = lam * self.every * self.penalty
         self._step += 1
         self._recorder = None
         forward.close()
-        return self.lam * self.every * penalty if self.lam else _zero(x)
+        return lam * self.every * penalty if lam else _zero(x)
 
     def _error(self, delta: Tensor, guided: Tensor) -> Tensor:
         """The error of each sample, (N,)."""
@@ -171,9 +191,22 @@ class InterpretableGradientLoss(nn.Module):
         if not (torch.is_grad_enabled() and self._is_due()):
             yield
             return
-        self._recorder = Recorder()
+        self._recorder = Recorder(self.batch_norm)
         with self._recorder.recording(self.model):
             yield
+
+    def logs(self) -> dict[str, float]:
+        """What to log of the last computed call: penalty, cosine and term, what was added to the loss.
+
+        Plain numbers, which any logger takes; empty before the first call. On a GPU it waits for the result.
+        """
+        if self.penalty is None or self.cosine is None or self._term is None:
+            return {}
+        return {"penalty": float(self.penalty), "cosine": float(self.cosine), "term": float(self._term)}
+
+    def _weight(self) -> float:
+        """Lam, less during the warm-up."""
+        return self.lam * min(1, self._step / self.warmup) if self.warmup else self.lam
 
     def _is_due(self) -> bool:
         return self._step % self.every == 0
@@ -190,7 +223,7 @@ class InterpretableGradientLoss(nn.Module):
         return self.__dict__ | {"_recorder": None}
 
     def get_extra_state(self) -> Tensor:
-        """The step counter of `every`: all there is in `state_dict()`."""
+        """The step counter of `every` and `warmup`: all there is in `state_dict()`."""
         return torch.tensor(self._step)
 
     def set_extra_state(self, state: Tensor) -> None:
@@ -199,7 +232,8 @@ class InterpretableGradientLoss(nn.Module):
 
     def extra_repr(self) -> str:
         """The settings, in the order of the constructor."""
-        return f"error={self.error!r}, lam={self.lam}, every={self.every}, activations={self.activations!r}"
+        names = ("error", "lam", "criterion", "batch_norm", "every", "warmup", "activations")
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
 
 def _same_images(recorded: Forward, x: Tensor) -> Forward:

@@ -42,7 +42,7 @@ def test_parameter_gradients_equal_algorithm_1(error, shared, training, inplace)
     model.load_state_dict(reference.state_dict())
     x, y = data()
     expected = algorithm1(reference, x, y, error, lam=0.3)
-    reg = InterpretableGradientLoss(model, error=error, lam=0.3)
+    reg = InterpretableGradientLoss(model, error=error, lam=0.3, criterion="cross_entropy", batch_norm="coupled")
     if shared:
         with reg.shared_forward():
             logits = model(x)
@@ -102,10 +102,10 @@ def test_order_of_the_terms_does_not_matter():
 def test_gradient_equals_finite_differences():
     """With the guided branch held fixed, as the paper detaches it, in a direction that crosses no kink."""
     model, (x, y) = small_net().eval(), data()
-    _, fixed = input_gradients(model, x, y)
+    _, fixed = input_gradients(model, x, y, criterion="cross_entropy")
     held = lambda delta, _: 1 - F.cosine_similarity(delta.flatten(1), fixed.flatten(1))  # noqa: E731
-    reg = InterpretableGradientLoss(model, lambda d, g: held(d, g), lam=1.0)
-    ours = gradients_of(InterpretableGradientLoss(model, "cos", lam=1.0)(x, y), model)
+    reg = InterpretableGradientLoss(model, lambda d, g: held(d, g), lam=1.0, criterion="cross_entropy")
+    ours = gradients_of(InterpretableGradientLoss(model, "cos", lam=1.0, criterion="cross_entropy")(x, y), model)
     directions = [torch.randn_like(parameter) for parameter in model.parameters()]
     slope = sum((g * d).sum() for g, d in zip(ours, directions, strict=True) if g is not None)
     step = 1e-7
@@ -324,7 +324,7 @@ def test_gradient_flows_into_images_that_require_one():
     """Images made by a differentiable augmentation or a generator: the penalty is a function of them."""
     model, (x, y) = small_net().eval(), data()
     brightness = torch.tensor(1.3, dtype=torch.float64, requires_grad=True)
-    reg = InterpretableGradientLoss(model, lam=1.0)
+    reg = InterpretableGradientLoss(model, lam=1.0, criterion="cross_entropy")
     (plain,) = torch.autograd.grad(reg(x * brightness, y), brightness)
     images = x * brightness
     with reg.shared_forward():
@@ -338,7 +338,7 @@ def test_gradient_flows_into_images_that_require_one():
 
 def algorithm1_cos(model, inputs, y):
     (delta,) = torch.autograd.grad(F.cross_entropy(model(inputs), y, reduction="sum"), inputs, create_graph=True)
-    _, guided = input_gradients(model, inputs.detach(), y)
+    _, guided = input_gradients(model, inputs.detach(), y, criterion="cross_entropy")
     return (1 - F.cosine_similarity(delta.flatten(1), guided.flatten(1))).mean()
 
 

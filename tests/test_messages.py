@@ -42,7 +42,9 @@ def test_unknown_names_and_settings():
         InterpretableGradientLoss(model, "cosine")
     with raises(ValueError, 'expected activations="relu" or activations="all"', "got 'gelu'"):
         InterpretableGradientLoss(model, activations="gelu")
-    with raises(ValueError, 'expected criterion=None (cross-entropy), "logit" or a callable', "got 'ce'"):
+    with raises(
+        ValueError, "expected criterion to be one of 'log_prob', 'logit', 'cross_entropy' or a callable", "got 'ce'"
+    ):
         InterpretableGradientLoss(model, criterion="ce")
     with raises(ValueError, "expected every to be an integer of at least 1", "got 0"):
         InterpretableGradientLoss(model, every=0)
@@ -110,8 +112,11 @@ def test_model_output():
 def test_no_activation_of_the_family():
     smooth = nn.Sequential(nn.Flatten(), nn.Linear(192, 8), nn.GELU(), nn.Sigmoid(), nn.Linear(8, 4)).double()
     with raises(RuntimeError, 'activations="relu"', "got Gelu x1, Sigmoid x1", 'Pass activations="all"'):
-        InterpretableGradientLoss(smooth)(*data())
-    assert InterpretableGradientLoss(smooth, activations="all")(*data()) > 0
+        InterpretableGradientLoss(smooth, activations="relu")(*data())
+    assert InterpretableGradientLoss(smooth)(*data()) > 0
+    mixed = nn.Sequential(smooth, nn.ReLU(), nn.Linear(4, 4), nn.SiLU()).double()
+    with raises(RuntimeError, 'activations="relu" alone', "got Gelu, Silu beside them", 'pass activations="all"'):
+        InterpretableGradientLoss(mixed, activations="relu")(*data())
     squashing = nn.Sequential(nn.Flatten(), nn.Linear(192, 8), nn.Tanh(), nn.Linear(8, 4)).double()
     with raises(RuntimeError, 'activations="all"', "got Tanh x1", "replace"):
         InterpretableGradientLoss(squashing, activations="all")(*data())
@@ -249,7 +254,7 @@ def test_compiled_model():
         torch.testing.assert_close(InterpretableGradientLoss(part)(x, y), expected)
     x.requires_grad_()
     with raises(RuntimeError, "CompiledFunctionBackward", "torch.compile"):
-        graph.refuse_opaque(list(graph.nodes(part(x), until=x)))
+        graph.refuse_opaque(graph.operations(part(x), until=x))
     model.compile(backend="aot_eager")
     model(x)
     torch.testing.assert_close(InterpretableGradientLoss(model)(x.detach(), y), expected)
@@ -270,7 +275,7 @@ def test_scripted_model():
 def test_no_path_to_the_images(where):
     detach = Apply(lambda h: h.detach())
     model = nn.Sequential(detach, small_net()) if where == "model" else small_net()
-    criterion = (lambda z, y: z.detach().sum()) if where == "criterion" else None
+    criterion = (lambda z, y: z.detach().sum()) if where == "criterion" else "log_prob"
     with raises(RuntimeError, "depends on the images", "torch.no_grad() or .detach()"):
         InterpretableGradientLoss(model, criterion=criterion)(*data())
 

@@ -21,15 +21,17 @@ MAY_IMPORT = {
     "metrics": {"model", "faithfulness"},  # one name, imported where it is asked for
     "faithfulness": {"metrics"},
     "graph": set(),
-    "criteria": set(),
+    "criteria": {"graph"},
+    "transforms": set(),
     "autocast": set(),
     "double_backward": {"autocast"},
     "guided": {"graph"},
+    "frozen": {"double_backward", "graph"},
     "forward": {"autocast", "double_backward", "model"},
-    "gradients": {"graph", "criteria", "forward", "guided"},
+    "gradients": {"criteria", "forward", "frozen", "graph", "guided"},
     "loss": {"autocast", "criteria", "errors", "forward", "gradients", "guided"},
     "saliency": {"criteria", "forward", "gradients", "guided", "model"},
-    "__init__": {"double_backward", "gradients", "loss"},
+    "__init__": {"double_backward", "gradients", "loss", "transforms"},
 }
 
 

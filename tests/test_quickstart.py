@@ -71,10 +71,11 @@ def test_figures_of_a_known_gradient(monkeypatch):
     torch.nn.init.zeros_(model[1].weight)
     model[1].bias.data = torch.tensor([1.0, 0.0])
     figures = quickstart.evaluate(
-        quickstart.Run(quickstart.PLAIN, model, None, None, None, 3, [1.0, 9.0, 2.0]), task, "logit"
+        quickstart.Run(quickstart.PLAIN, model, None, None, None, [1.0, 9.0, 2.0]), task, "logit"
     )
     assert figures["accuracy"] == 0.5
     assert figures["cosine"] == pytest.approx(1)
+    assert figures["classes"] == pytest.approx(1)
     assert figures["on digit"] == pytest.approx((3 / 4 + 1 / 1024) / 2)
     assert figures["pointing"] == 0.5  # the flat map points at its first pixel, beside the evidence
     border = 1 - (4 * 30 * (1 - (6 / 9) ** 2) + 4 * (1 - (4 / 9) ** 2)) / 1024

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 
-from interpgrad.double_backward import attention, batch_norm, checkpointing, conv, hardsigmoid, rectifier, row_norm
+from interpgrad.double_backward import (
+    attention,
+    batch_norm,
+    checkpointing,
+    conv,
+    hardsigmoid,
+    pooling,
+    rectifier,
+    row_norm,
+)
 
 _REPLACEMENTS = {
     **conv.REPLACEMENTS,
     **batch_norm.REPLACEMENTS,
     **row_norm.REPLACEMENTS,
+    **pooling.REPLACEMENTS,
     **rectifier.REPLACEMENTS,
     **hardsigmoid.REPLACEMENTS,
 }
@@ -33,7 +44,8 @@ class fast_double_backward(TorchFunctionMode):  # noqa: N801  # type: ignore[mis
 
     def __init__(self) -> None:
         super().__init__()
-        self.recompute_in = attention.differentiable_attention  # what is checkpointed inside; others may add to it
+        # The context for what is checkpointed inside.
+        self.recompute_in: Callable[[], AbstractContextManager[Any]] = fast_double_backward
         self.recomputes = False  # whether anything is
         self._selections: list[AbstractContextManager[None]] = []
 
@@ -54,10 +66,9 @@ class fast_double_backward(TorchFunctionMode):  # noqa: N801  # type: ignore[mis
         kwargs = kwargs or {}
         if func in _CONCERNED and torch.is_grad_enabled():
             hooks = checkpointing.saved_tensor_hooks()
-            if hooks:  # recomputed outside of this mode, with stock operations: they must be recorded too
-                checkpointing.recompute_in(self.recompute_in, hooks[0])
+            if hooks and checkpointing.recompute_in(self.recompute_in, hooks[0]):
                 self.recomputes = True
-            elif func in _REPLACEMENTS:
+            if func in _REPLACEMENTS:
                 result = _REPLACEMENTS[func](*args, **kwargs)
                 if result is not NotImplemented:
                     return result

@@ -1,15 +1,16 @@
-"""Batch norm whose double backward runs on native kernels.
+"""Batch norm whose double backward runs on native kernels, and whose statistics can be held constant.
 
 Per channel: n values, mean mu, s = 1 / sqrt(variance + eps), xhat = (x - mu) s, y = weight xhat + bias; sums run
-over all dimensions but the channel's. The backward pass is a Function of its own, (g, x, weight) ->
-(dx, dweight, dbias):
+over all dimensions but the channel's. The backward pass is a Function of its own:
 
-    training    dx = weight s [g - sum(g)/n - xhat sum(g xhat)/n]
-    evaluation  dx = weight s g                    (mu and s are constants)
+    coupled     dx = weight s [g - sum(g)/n - xhat sum(g xhat)/n]     (training: mu and s are functions of the batch)
+    constant    dx = weight s g                                       (evaluation, or a pass with frozen statistics)
     both        dweight = sum(g xhat), dbias = sum(g)
 
-For fixed x, g -> dx is linear and self-adjoint, so for an incoming a (the gradient for dx) one more native call with a
-in the place of g yields the gradient for g, and sum(a xhat), sum(a) with it. The gradients for weight and x are below.
+Constant statistics make it a scaling: for an incoming a (the gradient for dx) the gradient for g is weight s a, the one
+for weight s sum(a g), and none is left for x. Coupled, for fixed x, g -> dx is linear and self-adjoint, so one more
+native call with a in the place of g yields the gradient for g, and sum(a xhat), sum(a) with it. The gradients for
+weight and x are below.
 
 Shapes: x, g, a (N, C, *spatial); everything per channel (C,).
 """
@@ -25,47 +26,33 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from interpgrad.double_backward.engine import stock_gradients, tensors_of, wanted
+from interpgrad.double_backward.engine import in_frozen_pass, stock_gradients, tensors_of, wanted
 
 aten = torch.ops.aten
 
 
-Statistics = tuple["Tensor | None", ...]  # mean and 1 / sigma of the batch, running mean and variance
 Gradients = tuple["Tensor | None", "Tensor | None", "Tensor | None"]
 
 
 class Kernel(NamedTuple):
-    """One forward pass of the native kernel, to run its backward with."""
+    """One forward pass of the native kernel in training mode, to run its backward with."""
 
-    training: bool
     eps: float
     implementation: int  # which one ran: native, cuDNN, ...
     reserve: Tensor
 
     def backward(
-        self, g: Tensor, x: Tensor, weight: Tensor | None, statistics: Statistics, mask: Sequence[bool]
+        self, g: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, invstd: Tensor, mask: Sequence[bool]
     ) -> Gradients:
         """(dx, dweight, dbias), where the mask is true."""
-        mean, invstd, running_mean, running_var = statistics
-        dx, dweight, dbias = aten._batch_norm_impl_index_backward(
-            self.implementation,
-            x,
-            g,
-            weight,
-            running_mean,
-            running_var,
-            mean,
-            invstd,
-            self.training,
-            self.eps,
-            mask,
-            self.reserve,
+        gradients: Gradients = aten._batch_norm_impl_index_backward(
+            self.implementation, x, g, weight, None, None, mean, invstd, True, self.eps, mask, self.reserve
         )
-        return dx, dweight, dbias
+        return gradients
 
 
 class _BatchNorm(Function):
-    """y = weight xhat + bias."""
+    """y = weight xhat + bias. The statistics are of the batch in training mode, unless they are each sample's own."""
 
     @staticmethod
     def forward(
@@ -78,52 +65,103 @@ class _BatchNorm(Function):
         training: bool,
         momentum: float,
         eps: float,
+        of_the_batch: bool,
     ) -> Tensor:
         y, mean, invstd, reserve, index = aten._batch_norm_impl_index(
             x, weight, bias, running_mean, running_var, training, momentum, eps, torch.backends.cudnn.enabled
         )
-        ctx.kernel = Kernel(training, eps, index, reserve)
+        if not training:
+            assert running_var is not None
+            mean, invstd = running_mean, (at_least_single(running_var) + eps).rsqrt()
+        ctx.kernel = Kernel(eps, index, reserve) if training else None
+        ctx.of_the_batch = of_the_batch
         ctx.tensors = tensors_of(x, weight, bias)
-        running = (None, None) if training else (running_mean, running_var)
-        ctx.save_for_backward(x, weight, mean, invstd, *running)
+        ctx.save_for_backward(x, weight, mean, invstd)
         result: Tensor = y
         return result
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, *statistics = ctx.saved_tensors
+        x, weight, mean, invstd = ctx.saved_tensors
         mask = wanted(ctx, ctx.tensors)
-        if torch.is_grad_enabled():
-            gradients = _BatchNormBackward.apply(g, x, weight, ctx.kernel, *statistics)
-            gradients = [gradient if want else None for gradient, want in zip(gradients, mask, strict=True)]
+        if ctx.kernel is None or (ctx.of_the_batch and in_frozen_pass()):
+            gradients = constant_backward(g, x, weight, mean, invstd, mask)
+        elif torch.is_grad_enabled():
+            dx, dweight, dbias = _BatchNormBackward.apply(g, x, weight, mean, invstd, ctx.kernel)
+            gradients = dx if mask[0] else None, dweight if mask[1] else None, dbias if mask[2] else None
         else:
-            gradients = ctx.kernel.backward(g, x, weight, statistics, mask)
-        return *gradients, None, None, None, None, None
+            gradients = ctx.kernel.backward(g, x, weight, mean, invstd, mask)
+        return *gradients, *[None] * 6
+
+
+def constant_backward(
+    g: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, invstd: Tensor, mask: Sequence[bool]
+) -> Gradients:
+    """(dx, dweight, dbias), where the mask is true, of constant statistics."""
+    for_x, for_weight, for_bias = mask
+    dx = Scaling.apply(g, weight, invstd) if for_x else None
+    if torch.is_grad_enabled():
+        dims = [0, *range(2, g.dim())]
+        xhat = (x - _channels(mean, x)) * _channels(invstd.to(x.dtype), x) if for_weight else None
+        return dx, None if xhat is None else (g * xhat).sum(dims), g.sum(dims) if for_bias else None
+    dweight, dbias = channel_sums(g, x, mean, invstd) if for_weight or for_bias else (None, None)
+    return dx, _like(dweight, weight), _like(dbias, weight)
+
+
+class Scaling(Function):
+    """dx = weight s g."""
+
+    @staticmethod
+    def forward(ctx: Any, g: Tensor, weight: Tensor | None, invstd: Tensor) -> Tensor:
+        """Rounded once, also where g is in half precision and the scale is not."""
+        ctx.tensors = tensors_of(g, weight)
+        ctx.save_for_backward(g, weight, invstd)
+        scale = _channels(invstd if weight is None else weight * invstd, g)
+        return g * scale if scale.dtype == g.dtype else torch.mul(g, scale, out=torch.empty_like(g))
+
+    @staticmethod
+    def backward(ctx: Any, a: Tensor) -> tuple[Tensor | None, ...]:
+        """Of any order: the operations are differentiable where they have to be."""
+        g, weight, invstd = ctx.saved_tensors
+        for_g, for_weight = wanted(ctx, ctx.tensors)
+        dg = Scaling.apply(a, weight, invstd) if for_g else None
+        dweight = None
+        if for_weight:
+            if torch.is_grad_enabled():
+                scaled_sum = (a * g).sum([0, *range(2, g.dim())]) * invstd
+            else:  # g as if it were an x of mean 0
+                scaled_sum = channel_sums(a, g, torch.zeros_like(invstd), invstd)[0]
+            dweight = _like(scaled_sum, weight)
+        return dg, dweight, None
 
 
 class _BatchNormBackward(Function):
-    """(dx, dweight, dbias) of the backward pass, where it is to be differentiated again."""
+    """(dx, dweight, dbias) of the coupled backward pass, where it is to be differentiated again."""
 
     @staticmethod
-    def forward(ctx: Any, g: Tensor, x: Tensor, weight: Tensor | None, kernel: Kernel, *statistics: Any) -> Any:
-        dx, dweight, dbias = kernel.backward(g, x, weight, statistics, [True, True, True])
+    def forward(
+        ctx: Any, g: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, invstd: Tensor, kernel: Kernel
+    ) -> Any:
+        dx, dweight, dbias = kernel.backward(g, x, weight, mean, invstd, [True, weight is not None, weight is not None])
+        if weight is None:
+            dweight, dbias = channel_sums(g, x, mean, invstd)
         ctx.kernel = kernel
         ctx.tensors = tensors_of(g, x, weight)
-        ctx.save_for_backward(g, x, weight, dweight, dbias, *statistics)
+        ctx.save_for_backward(g, x, weight, dweight, dbias, mean, invstd)
         ctx.set_materialize_grads(False)
         return dx, dweight, dbias
 
     @staticmethod
     def backward(ctx: Any, a: Tensor | None, aweight: Tensor | None, abias: Tensor | None) -> Any:
-        g, x, weight, *sums, mean, invstd, running_mean, running_var = ctx.saved_tensors
-        kernel, nothing = ctx.kernel, [None] * 5
+        g, x, weight, *sums, mean, invstd = ctx.saved_tensors
+        nothing = [None] * 3
         if torch.is_grad_enabled() or aweight is not None or abias is not None:
-            found = functools.partial(formula, kernel=kernel, running=(running_mean, running_var))
+            found = functools.partial(formula, eps=ctx.kernel.eps)
             return *stock_gradients(found, (g, x, weight), (a, aweight, abias)), *nothing
         if a is None:
             return None, None, None, *nothing
-        statistics = mean, invstd, running_mean, running_var
-        return *double_backward(kernel, a, g, x, weight, statistics, sums, wanted(ctx, ctx.tensors)), *nothing
+        mask = wanted(ctx, ctx.tensors)
+        return *double_backward(ctx.kernel, a, g, x, weight, mean, invstd, sums, mask), *nothing
 
 
 def double_backward(
@@ -132,25 +170,26 @@ def double_backward(
     g: Tensor,
     x: Tensor,
     weight: Tensor | None,
-    statistics: Statistics,
-    sums_of_g: Sequence[Tensor | None],
+    mean: Tensor,
+    invstd: Tensor,
+    sums_of_g: Sequence[Tensor],
     mask: Sequence[bool],
 ) -> Gradients:
-    """Gradients for (g, x, weight) where a is the gradient for dx; sums_of_g are sum(g xhat) and sum(g)."""
+    """Coupled: gradients for (g, x, weight) where a is the gradient for dx; sums_of_g are sum(g xhat) and sum(g)."""
     for_g, for_x, for_weight = mask
-    dg, *sums_of_a = kernel.backward(a, x, weight, statistics, [for_g, True, True])
-    if not (for_weight or (for_x and kernel.training)):
+    needs_sums = for_x or for_weight
+    sums_of_a: Sequence[Any] = ()
+    if weight is None:
+        dg = kernel.backward(a, x, None, mean, invstd, [True, False, False])[0] if for_g else None
+        sums_of_a = channel_sums(a, x, mean, invstd) if needs_sums else ()
+    else:
+        dg, *sums_of_a = kernel.backward(a, x, weight, mean, invstd, [for_g, needs_sums, needs_sums])
+    if not needs_sums:
         return dg, None, None
 
     zero = torch.zeros(x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
     one = torch.ones_like(zero)
-    # What the native kernel calls dweight, if the mean is 0 and the variance 1.
-    sum_ag = aten.native_batch_norm_backward(a, g, None, None, None, zero, one, True, 0.0, [False, True, False])[1]
-    mean, invstd, _, running_var = statistics
-    if not kernel.training:
-        assert running_var is not None
-        return dg, None, sum_ag * (running_var + kernel.eps).rsqrt()
-
+    sum_ag = channel_sums(a, g, zero, one)[0]
     n = x.numel() // x.shape[1]
     small: Any = (*sums_of_a, *sums_of_g, mean, invstd)  # in half precision where the parameters are
     sum_a_xhat, sum_a, sum_g_xhat, sum_g, mean, invstd = (each.to(zero.dtype) for each in small)
@@ -168,23 +207,40 @@ def double_backward(
     return dg, dx, invstd * torch.add(p, q, alpha=-1 / n) if for_weight else None
 
 
-def formula(
-    g: Tensor, x: Tensor, weight: Tensor | None, kernel: Kernel, running: Sequence[Any]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, dweight, dbias) as printed above, in differentiable operations."""
+def channel_sums(g: Tensor, x: Tensor, mean: Tensor, invstd: Tensor) -> tuple[Tensor, Tensor]:
+    """sum(g xhat) and sum(g): what the native kernel calls dweight and dbias, in at least single precision.
+
+    It is given a weight it has no use for (invstd), since CUDA allocates the result like that.
+    """
+    mean, invstd = at_least_single(mean), at_least_single(invstd)
+    mask = [False, True, True]
+    _, *sums = aten.native_batch_norm_backward(g, x, invstd, None, None, mean, invstd, True, 0.0, mask)
+    return sums[0], sums[1]
+
+
+def at_least_single(statistic: Tensor) -> Tensor:
+    """In single precision, if it was in half."""
+    return statistic.to(torch.promote_types(statistic.dtype, torch.float32))
+
+
+def formula(g: Tensor, x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(dx, dweight, dbias), coupled, as printed above, in differentiable operations."""
     dims, n = [0, *range(2, x.dim())], x.numel() // x.shape[1]
-    mean = x.mean(dims) if kernel.training else running[0]
-    variance = x.var(dims, unbiased=False) if kernel.training else running[1]
-    s = (variance + kernel.eps).rsqrt()
-    xhat = (x - _channels(mean, x)) * _channels(s, x)
+    s = (x.var(dims, unbiased=False) + eps).rsqrt()
+    xhat = (x - _channels(x.mean(dims), x)) * _channels(s, x)
     dweight, dbias = (g * xhat).sum(dims), g.sum(dims)
-    centred = g - (_channels(dbias, x) + xhat * _channels(dweight, x)) / n if kernel.training else g
+    centred = g - (_channels(dbias, x) + xhat * _channels(dweight, x)) / n
     return _channels(s if weight is None else weight * s, x) * centred, dweight, dbias
 
 
 def _channels(value: Tensor, x: Tensor) -> Tensor:
     """(C,) as (1, C, 1, ...), to broadcast with x."""
     return value.view(1, -1, *[1] * (x.dim() - 2))
+
+
+def _like(gradient: Tensor | None, weight: Tensor | None) -> Tensor | None:
+    """In the precision of the weight."""
+    return gradient if gradient is None or weight is None else gradient.to(weight.dtype)
 
 
 def _batch_norm(
@@ -200,7 +256,71 @@ def _batch_norm(
     """The replacement of F.batch_norm, with its signature."""
     if input.dim() < 2 or input.numel() <= input.shape[1]:  # nothing to normalize, or one value per channel: an error
         return NotImplemented
-    return _BatchNorm.apply(input, weight, bias, running_mean, running_var, training, momentum, eps)
+    return _BatchNorm.apply(input, weight, bias, running_mean, running_var, training, momentum, eps, True)
 
 
-REPLACEMENTS = {F.batch_norm: _batch_norm}
+def _torch_batch_norm(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    cudnn_enabled: bool,  # noqa: ARG001
+) -> Any:
+    """The replacement of torch.batch_norm, with its signature."""
+    return _batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+
+
+def _instance_norm(
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Any:
+    """The replacement of F.instance_norm, with its signature: batch norm of (1, N C, *spatial), as stock has it.
+
+    Inference normalizes with each sample's own statistics, which are part of the network's function, unless there are
+    running ones.
+    """
+    samples, channels = input.shape[:2] if input.dim() > 2 else (0, 0)
+    if input.numel() <= samples * channels or (running_mean is None) != (running_var is None):
+        return NotImplemented  # nothing to normalize, or one value per channel: an error
+    running = [None if each is None else each.repeat(samples) for each in (running_mean, running_var)]
+    affine = [None if each is None else each.repeat(samples) for each in (weight, bias)]
+    rows = input.contiguous().view(1, samples * channels, *input.shape[2:])
+    training = use_input_stats or running_mean is None
+    y = _BatchNorm.apply(rows, *affine, *running, training, momentum, eps, running_mean is not None)
+    for own, new in zip((running_mean, running_var), running, strict=True):
+        if own is not None and new is not None and training:
+            own.copy_(new.view(samples, channels).mean(0))
+    return y.view(input.shape)
+
+
+def _torch_instance_norm(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    use_input_stats: bool,
+    momentum: float,
+    eps: float,
+    cudnn_enabled: bool,  # noqa: ARG001
+) -> Any:
+    """The replacement of torch.instance_norm, with its signature."""
+    return _instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+
+
+REPLACEMENTS = {
+    F.batch_norm: _batch_norm,
+    torch.batch_norm: _torch_batch_norm,
+    F.instance_norm: _instance_norm,
+    torch.instance_norm: _torch_instance_norm,
+}

@@ -23,13 +23,15 @@ def saved_tensor_hooks() -> tuple[Callable[[Any], Any], Any] | None:
     return hooks
 
 
-def recompute_in(context: Callable[[], AbstractContextManager[None]], pack: Callable[[Any], Any]) -> None:
-    """Where this hook is that of a checkpointed layer, have the layer recomputed in such a context."""
+def recompute_in(context: Callable[[], AbstractContextManager[Any]], pack: Callable[[Any], Any]) -> bool:
+    """Where this hook is that of a checkpointed layer, have the layer recomputed in such a context; whether it is."""
     names = getattr(getattr(pack, "__code__", None), "co_freevars", ())
     cells = dict(zip(names, getattr(pack, "__closure__", None) or (), strict=False))
     frame = cells["frame"].cell_contents if "frame" in cells else None
     recompute = getattr(frame, "recompute_fn", None)
-    if recompute is not None and not hasattr(recompute, "_interpgrad"):
+    if recompute is None:
+        return False
+    if not hasattr(recompute, "_interpgrad"):
 
         def in_context(*args: Any) -> Any:
             with context():
@@ -37,3 +39,4 @@ def recompute_in(context: Callable[[], AbstractContextManager[None]], pack: Call
 
         in_context._interpgrad = True  # type: ignore[attr-defined]
         frame.recompute_fn = in_context  # type: ignore[union-attr]
+    return True

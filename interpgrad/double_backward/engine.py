@@ -1,8 +1,12 @@
-"""What the autograd engine knows and an autograd Function does not: which gradients somebody will use."""
+"""What the autograd engine knows and an autograd Function does not.
+
+Which gradients somebody will use, and in whose backward pass it runs.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -79,3 +83,43 @@ class Root(Function):
     def backward(ctx: Any, g: Tensor | None) -> Tensor | None:
         """The identity."""
         return g
+
+
+_frozen: set[int] = set()  # the numbers, unique in the process, of the backward passes under way with frozen statistics
+
+
+@contextmanager
+def frozen_pass(output: Tensor) -> Iterator[Tensor]:
+    """A copy of `output`: in backward passes that begin there, while the context lasts, batch statistics are constants.
+
+    Known by the number of the pass, which its first node takes down: not by a flag of the process or the thread, since
+    the engine runs passes of others in between, and its workers on a GPU are threads of their own.
+    """
+    numbers: list[int] = []
+    try:
+        with torch.enable_grad():
+            copy = _Begin.apply(output, numbers)
+        yield copy
+    finally:
+        _frozen.difference_update(numbers)
+
+
+def in_frozen_pass() -> bool:
+    """Whether the backward pass that this is called from is one with frozen statistics."""
+    return bool(_frozen) and torch._C._current_graph_task_id() in _frozen
+
+
+class _Begin(Function):
+    """The identity."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, numbers: list[int]) -> Tensor:
+        ctx.numbers = numbers
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        number = torch._C._current_graph_task_id()
+        ctx.numbers.append(number)
+        _frozen.add(number)
+        return g, None

@@ -25,7 +25,8 @@ class _Hardsigmoid(Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
-        return _HardsigmoidBackward.apply(g, *ctx.saved_tensors), None
+        (x,) = ctx.saved_tensors
+        return _HardsigmoidBackward.apply(g, x.detach()), None
 
 
 class _HardsigmoidBackward(Function):

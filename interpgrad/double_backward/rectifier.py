@@ -1,12 +1,12 @@
-"""ReLU and hardtanh, whose double backward is the same mask once more.
+"""ReLU, leaky ReLU and hardtanh, whose double backward is the same mask once more.
 
-Stock adds to that a gradient for the masked values: a tensor of zeros, which is written, and added to what arrives
-there by other ways. That is three passes over memory for nothing.
+Stock adds to that a gradient for the masked values: a tensor of zeros, which is written, added to what arrives there by
+other ways, and runs through the backward pass of every layer before. Here the mask is a constant.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
 from typing import Any
 
 import torch
@@ -30,7 +30,26 @@ class _ReLU(Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
-        return _Masked.apply(g, *ctx.saved_tensors, aten.threshold_backward, (0,)), None
+        (y,) = ctx.saved_tensors
+        return aten.threshold_backward(g, y.detach(), 0), None
+
+
+class _LeakyReLU(Function):
+    """y = max(x, 0) + slope min(x, 0), which saves its output in place, else its input, as the native one does."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, slope: float, inplace: bool) -> Tensor:
+        y: Tensor = aten.leaky_relu_(x, slope) if inplace else aten.leaky_relu(x, slope)
+        if inplace:
+            ctx.mark_dirty(x)
+        ctx.save_for_backward(y if inplace else x)
+        ctx.settings = slope, inplace
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
+        (saved,) = ctx.saved_tensors
+        return aten.leaky_relu_backward(g, saved.detach(), *ctx.settings), None, None
 
 
 class _Hardtanh(Function):
@@ -47,23 +66,8 @@ class _Hardtanh(Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None]:
-        return _Masked.apply(g, *ctx.saved_tensors, aten.hardtanh_backward, ctx.limits), None, None, None
-
-
-class _Masked(Function):
-    """dx = backward(g, saved, *limits): g where the rectifier is linear, else 0. Differentiated, it repeats itself."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, g: Tensor, saved: Tensor, backward: Callable[..., Tensor], limits: tuple[float, ...]
-    ) -> Tensor:
-        ctx.save_for_backward(saved)
-        ctx.settings = backward, limits
-        return backward(g, saved, *limits)
-
-    @staticmethod
-    def backward(ctx: Any, u: Tensor) -> tuple[Tensor, None, None, None]:
-        return _Masked.apply(u, *ctx.saved_tensors, *ctx.settings), None, None, None
+        (saved,) = ctx.saved_tensors
+        return aten.hardtanh_backward(g, saved.detach(), *ctx.limits), None, None, None
 
 
 def _relu(input: Tensor, inplace: bool = False) -> Any:
@@ -72,6 +76,12 @@ def _relu(input: Tensor, inplace: bool = False) -> Any:
 
 def _relu_(input: Tensor) -> Any:
     return _relu(input, inplace=True)
+
+
+def _leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Any:
+    if inplace and (negative_slope < 0 or input._is_view()):  # the first is an error in the backward pass
+        return NotImplemented
+    return _LeakyReLU.apply(input, negative_slope, inplace)
 
 
 def _hardtanh(input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Any:
@@ -88,6 +98,8 @@ REPLACEMENTS = {
     Tensor.relu: _relu,
     torch.relu_: _relu_,
     Tensor.relu_: _relu_,
+    F.leaky_relu: _leaky_relu,
+    F.leaky_relu_: functools.partial(_leaky_relu, inplace=True),
     F.relu6: _relu6,
     F.hardtanh: _hardtanh,
 }

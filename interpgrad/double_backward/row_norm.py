@@ -29,6 +29,8 @@ from interpgrad.double_backward.engine import stock_gradients, tensors_of, wante
 
 aten = torch.ops.aten
 
+_NATIVE = 0  # implementation of batch norm
+
 
 class _Layer(NamedTuple):
     """Rows are the last dimensions, which have this shape."""
@@ -127,10 +129,11 @@ class _RowNormBackward(Function):
         for_g, for_x, for_weight = wanted(ctx, ctx.tensors)
         weighted, h = ctx.norm.weighted, ctx.norm.weighted(g, weight)
         a, h, x_rows = (_as_rows(each.to(x.dtype), mean.numel()) for each in (a, h, x))
-        kernel, statistics = _row_kernel(x, ctx.norm), (_at_least_single(mean), _at_least_single(invstd), None, None)
-        _, *sums = kernel.backward(h, x_rows, None, statistics, [False, True, True])
+        kernel = batch_norm.Kernel(ctx.norm.eps, _NATIVE, x.new_empty(0, dtype=torch.uint8))
+        mean, invstd = (batch_norm.at_least_single(each.flatten()) for each in (mean, invstd))
+        sums = batch_norm.channel_sums(h, x_rows, mean, invstd)
         mask = [for_g or for_weight, for_x, False]
-        t, dx, _ = batch_norm.double_backward(kernel, a, h, x_rows, None, statistics, sums, mask)
+        t, dx, _ = batch_norm.double_backward(kernel, a, h, x_rows, None, mean, invstd, sums, mask)
         t, dx = (None if each is None else each.view(x.shape) for each in (t, dx))
         return weighted(t, weight) if for_g else None, dx, ctx.norm.sum(g * t) if for_weight else None, *nothing
 
@@ -140,22 +143,13 @@ def _formula(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, dweight, dbias) as printed above, in differentiable operations."""
     h, x_rows = (_as_rows(each, rows) for each in (norm.weighted(g, weight), x))
-    dx = batch_norm.formula(h, x_rows, None, _row_kernel(x, norm), ())[0].view(x.shape)
+    dx = batch_norm.formula(h, x_rows, None, norm.eps)[0].view(x.shape)
     xhat = F.layer_norm(x_rows, x_rows.shape[2:], eps=norm.eps).view(x.shape)
     return dx, norm.sum(g * xhat), norm.sum(g)
 
 
-def _row_kernel(x: Tensor, norm: _Layer | _Group) -> batch_norm.Kernel:
-    native = 0
-    return batch_norm.Kernel(True, norm.eps, native, x.new_empty(0, dtype=torch.uint8))
-
-
 def _as_rows(tensor: Tensor, rows: int) -> Tensor:
     return tensor.reshape(1, rows, -1)
-
-
-def _at_least_single(statistic: Tensor) -> Tensor:
-    return statistic.flatten().to(torch.promote_types(statistic.dtype, torch.float32))
 
 
 def _memory_format(x: Tensor) -> torch.memory_format:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from interpgrad.criteria import Criterion, evaluate, resolve_criterion
+from interpgrad.criteria import Criterion, derivative_of
 from interpgrad.forward import check_images, forward_without_trace
 from interpgrad.gradients import gradient_pair
 from interpgrad.guided import check_activations
@@ -19,16 +19,16 @@ def gradient(
     x: Tensor,
     target: Any = None,
     *,
-    criterion: Criterion | str | None = "logit",
+    criterion: Criterion | str = "logit",
     chunk_size: int | None = None,
 ) -> Tensor:
-    """The input gradient of the target's logit.
+    """The input gradient of the target's logit, or of another function of the logits.
 
     Args:
         model: an image classifier taking x; run in evaluation mode, and left as it was.
         x: images (N, C, H, W), as the model takes them.
         target: class indices (N,), one for all, or None for the predicted classes.
-        criterion: what to differentiate: "logit", the logit; None, the cross-entropy; or a callable
+        criterion: what to differentiate: "logit", "log_prob", "cross_entropy" or a callable
             `(logits, target) -> 0-dim tensor`, as in `interpgrad.input_gradients`.
         chunk_size: at most so many images at once; None is all.
 
@@ -45,13 +45,13 @@ def gradient(
     torch.Size([2, 3, 8, 8])
     """
     check_images(x)
-    criterion = resolve_criterion(criterion)
+    derivative = derivative_of(criterion)
     parts: list[Tensor] = []
     with evaluation_mode(model), torch.enable_grad():
         for images, given in chunks(x.detach(), target, chunk_size):
             forward = forward_without_trace(model, images)
-            value = evaluate(criterion, forward.logits, classes_to_explain(given, forward.logits))
-            parts += torch.autograd.grad(value, forward.image)
+            v = derivative(forward.logits, classes_to_explain(given, forward.logits), False)
+            parts += torch.autograd.grad(forward.logits, forward.image, v.to(forward.logits.dtype))
     return torch.cat(parts)
 
 
@@ -60,14 +60,14 @@ def guided_gradient(
     x: Tensor,
     target: Any = None,
     *,
-    criterion: Criterion | str | None = "logit",
-    activations: str = "relu",
+    criterion: Criterion | str = "logit",
+    activations: str = "all",
     chunk_size: int | None = None,
 ) -> Tensor:
     """The guided-backpropagation gradient of the target's logit.
 
-    Arguments, result and errors as of `gradient`; `activations` is "relu" for the piecewise-linear family, "all" for
-    smooth rectifiers as well, and a RuntimeError says that no activation of the family was met.
+    Arguments, result and errors as of `gradient`; `activations` is "all" for every rectifier, "relu" for the
+    piecewise-linear family alone, and a RuntimeError says that no activation of the family was met.
 
     Source: Springenberg et al., "Striving for Simplicity", arXiv 1412.6806.
 
@@ -77,15 +77,21 @@ def guided_gradient(
     """
     check_images(x)
     check_activations(activations)
-    criterion = resolve_criterion(criterion)
+    derivative = derivative_of(criterion)
     parts = []
     with evaluation_mode(model), torch.enable_grad():
         for images, given in chunks(x.detach(), target, chunk_size):
             forward = forward_without_trace(model, images)
             classes = classes_to_explain(given, forward.logits)
-            parts.append(
-                gradient_pair(forward, classes, criterion=criterion, activations=activations, create_graph=False)[1]
+            _, guided = gradient_pair(
+                forward,
+                classes,
+                derivative=derivative,
+                batch_norm="frozen",
+                activations=activations,
+                create_graph=False,
             )
+            parts.append(guided)
     return torch.cat(parts)
 
 
@@ -96,7 +102,7 @@ def smooth_gradient(
     *,
     noise: float = 0.15,
     samples: int = 25,
-    criterion: Criterion | str | None = "logit",
+    criterion: Criterion | str = "logit",
     chunk_size: int | None = 64,
     generator: torch.Generator | None = None,
 ) -> Tensor:

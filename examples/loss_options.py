@@ -1,0 +1,36 @@
+"""The settings of the loss as options of a script: `InterpretableGradientLoss(model, **settings(args))`."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from interpgrad import low_pass
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options, in a group of their own."""
+    group = parser.add_argument_group("interpretable gradient loss")
+    group.add_argument("--lam", type=float, default=7.5e-3, help="weight of the loss; 0 trains without (%(default)s)")
+    group.add_argument("--error", default="cos", choices=["cos", "mae", "mse", "hi"], help="(%(default)s)")
+    group.add_argument(
+        "--criterion",
+        default="log_prob",
+        choices=["log_prob", "logit", "cross_entropy"],
+        help="whose gradients are compared (%(default)s)",
+    )
+    group.add_argument(
+        "--batch-norm",
+        default="frozen",
+        choices=["frozen", "coupled"],
+        help="batch statistics in the gradients: constants, or functions of the batch (%(default)s)",
+    )
+    group.add_argument("--every", type=int, default=1, help="computed at one of so many steps (%(default)s)")
+    group.add_argument("--warmup", type=int, default=0, help="steps over which the weight grows from 0 (%(default)s)")
+    group.add_argument("--low-pass", action="store_true", help="compare the gradients after a 3x3 mean")
+
+
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of InterpretableGradientLoss beside the model."""
+    names = ("error", "lam", "criterion", "batch_norm", "every", "warmup")
+    return {name: getattr(args, name) for name in names} | {"transform": low_pass if args.low_pass else None}

@@ -1,0 +1,135 @@
+"""Pooling, whose double backward is pooling once more: averages, or the values where the largest ones were.
+
+Stock adds to that a gradient for what was pooled: zeros, which then run through the backward pass of every layer
+before. (Of a global average stock makes a mean, which has none.) Here what was pooled gives its shape only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+
+from interpgrad.autocast import autocast_dtype
+
+aten = torch.ops.aten
+Settings = tuple[Any, ...]  # what both kernels take beside the tensors
+
+
+class _Average(Function):
+    """y = pool(x), whose backward kernel takes x for its shape."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, pool: Any, unpool: Any, forward: Settings, backward: Settings) -> Tensor:
+        ctx.unpool, ctx.settings = unpool, backward
+        ctx.save_for_backward(x)
+        y: Tensor = pool(x, *forward)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        (x,) = ctx.saved_tensors
+        return ctx.unpool(g, x.detach(), *ctx.settings), None, None, None, None
+
+
+class _Maximum(Function):
+    """y = the largest value of each window."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, pool: Any, unpool: Any, settings: Settings) -> Tensor:
+        y, indices = pool(x, *settings)
+        ctx.unpool, ctx.settings = unpool, settings
+        ctx.save_for_backward(x, indices)
+        result: Tensor = y
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, indices = ctx.saved_tensors
+        return ctx.unpool(g, x.detach(), *ctx.settings, indices), None, None, None
+
+
+def _average(dims: int) -> Any:
+    """The replacement of F.avg_pool{dims}d, with its signature."""
+    pool, unpool = getattr(aten, f"avg_pool{dims}d"), getattr(aten, f"avg_pool{dims}d_backward")
+
+    def average(
+        input: Tensor,
+        kernel_size: int | Sequence[int],
+        stride: int | Sequence[int] | None = None,
+        padding: int | Sequence[int] = 0,
+        ceil_mode: bool = False,
+        count_include_pad: bool = True,
+        divisor_override: int | None = None,
+    ) -> Any:
+        if _casts(input, dims):
+            return NotImplemented
+        sizes = [_sizes(each, dims) for each in (kernel_size, stride or kernel_size, padding)]
+        settings = (*sizes, ceil_mode, count_include_pad, divisor_override)
+        return _Average.apply(input, pool, unpool, settings, settings)
+
+    return average
+
+
+def _adaptive(dims: int) -> Any:
+    """The replacement of F.adaptive_avg_pool{dims}d, with its signature."""
+    pool, unpool = getattr(aten, f"_adaptive_avg_pool{dims}d"), getattr(aten, f"_adaptive_avg_pool{dims}d_backward")
+
+    def adaptive(input: Tensor, output_size: int | Sequence[int | None] | None) -> Any:
+        sizes = [None] * dims if output_size is None else _sizes(output_size, dims)
+        if len(sizes) != dims or input.dim() < dims or _casts(input, dims):
+            return NotImplemented
+        sizes = [own if size is None else size for size, own in zip(sizes, input.shape[-dims:], strict=True)]
+        if set(sizes) == {1}:  # the mean
+            return NotImplemented
+        return _Average.apply(input, pool, unpool, (sizes,), ())
+
+    return adaptive
+
+
+def _maximum(dims: int) -> Any:
+    """The replacement of F.max_pool{dims}d and torch.max_pool{dims}d, with their signature."""
+    pool = getattr(aten, f"max_pool{dims}d_with_indices")
+    unpool = getattr(aten, f"max_pool{dims}d_with_indices_backward")
+
+    def maximum(
+        input: Tensor,
+        kernel_size: int | Sequence[int],
+        stride: int | Sequence[int] | None = None,
+        padding: int | Sequence[int] = 0,
+        dilation: int | Sequence[int] = 1,
+        ceil_mode: bool = False,
+        return_indices: bool = False,
+    ) -> Any:
+        if return_indices or _casts(input, dims):
+            return NotImplemented
+        sizes = [_sizes(each, dims) for each in (kernel_size, stride or kernel_size, padding, dilation)]
+        return _Maximum.apply(input, pool, unpool, (*sizes, ceil_mode))
+
+    return maximum
+
+
+def _casts(input: Tensor, dims: int) -> bool:
+    """Autocast runs pooling in three dimensions in single precision, on some devices."""
+    return dims == 3 and autocast_dtype(input.device) is not None
+
+
+def _sizes(value: int | Sequence[Any], dims: int) -> list[Any]:
+    value = [value] if isinstance(value, int) else list(value)
+    return value * dims if len(value) == 1 else value
+
+
+REPLACEMENTS = {
+    F.avg_pool2d: _average(2),
+    F.avg_pool3d: _average(3),
+    F.adaptive_avg_pool2d: _adaptive(2),
+    F.adaptive_avg_pool3d: _adaptive(3),
+    F.max_pool2d: _maximum(2),
+    F.max_pool3d: _maximum(3),
+    torch.max_pool2d: _maximum(2),
+    torch.max_pool3d: _maximum(3),
+}

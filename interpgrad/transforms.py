@@ -1,0 +1,34 @@
+"""Transforms of both gradients before they are compared."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+_MEANS = {3: F.avg_pool1d, 4: F.avg_pool2d, 5: F.avg_pool3d}
+
+
+def low_pass(gradient: Tensor, size: int = 3) -> Tensor:
+    """The mean over a neighbourhood of `size` pixels in each dimension, zeros beyond the border: same shape.
+
+    For the loss's `transform`: neighbouring pixels' gradients need not agree one by one.
+
+    Args:
+        gradient: (N, C, *spatial), of one to three spatial dimensions.
+        size: odd, in pixels. Another one: `transform=functools.partial(low_pass, size=5)`.
+
+    Raises:
+        ValueError: the size is not odd, or there are no spatial dimensions.
+
+    >>> import torch
+    >>> low_pass(torch.eye(3)[None, None])[0, 0, 1]
+    tensor([0.2222, 0.3333, 0.2222])
+    """
+    if not isinstance(size, int) or size < 1 or size % 2 == 0:
+        raise ValueError(f"expected size to be a positive odd number of pixels, got {size!r}: the mean has a centre.")
+    if gradient.dim() not in _MEANS:
+        raise ValueError(
+            f"expected gradients (N, C, *spatial) of one to three spatial dimensions, got {tuple(gradient.shape)}."
+        )
+    mean: Tensor = _MEANS[gradient.dim()](gradient, size, stride=1, padding=size // 2)
+    return mean
