@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torchvision.ops import StochasticDepth
 from tqdm import tqdm
 
 from interpgrad import InterpretableGradientLoss, graph
@@ -47,9 +48,17 @@ Step = Callable[[], Tensor]
 
 
 def build(name: str, classes: int = 10) -> nn.Module:
-    """A torchvision or timm model by name; resnet18_cifar has a 3x3 stem and no pooling after it."""
+    """A torchvision or timm model by name.
+
+    resnet18_cifar has a 3x3 stem and no pooling after it, small_resnet is the network of examples/quickstart.py.
+    """
     import torchvision
 
+    if name == "small_resnet":
+        sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+        from quickstart import small_resnet
+
+        return small_resnet(classes)
     if name == "resnet18_cifar":
         model = torchvision.models.resnet18(num_classes=classes)
         model.conv1, model.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()
@@ -61,7 +70,7 @@ def build(name: str, classes: int = 10) -> nn.Module:
 
         if timm.is_model(name):
             return timm.create_model(name, num_classes=classes)
-    sys.exit(f"overhead: expected resnet18_cifar or a model of torchvision or timm, got {name!r}.")
+    sys.exit(f"overhead: expected resnet18_cifar, small_resnet or a model of torchvision or timm, got {name!r}.")
 
 
 class _GuidedReLU(torch.autograd.Function):
@@ -226,7 +235,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     y = torch.randint(10, (options.batch,), device=options.device)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(options.amp)
     for module in model.modules():
-        if isinstance(module, nn.Dropout):
+        if isinstance(module, (nn.Dropout, StochasticDepth)):
             module.p = 0.0  # the contenders must compute the same
 
     def autocast() -> Any:

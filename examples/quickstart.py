@@ -188,6 +188,7 @@ HEADINGS = {
     "pointing": "pointing game",
     "classes": "cos(δ₁, δ₂)",
     "cosine of the logit": "cos(δ, δᴳ) of the logit",
+    "cosine of the loss": "cos(δ, δᴳ) of the loss",
     "ms/step": "ms per step",
 }
 

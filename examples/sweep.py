@@ -24,10 +24,10 @@ from tqdm import tqdm
 SEEDS = (0, 1, 2)
 SETTINGS = [
     PLAIN,
-    *(Setting(lam, "cross_entropy", low_pass=False, batch_norm="coupled") for lam in (0.0075, 0.3, 1.0)),
-    *(Setting(lam, "logit", batch_norm="coupled") for lam in (0.3, 1.0)),
-    *(Setting(lam, criterion) for criterion in ("logit", "log_prob") for lam in (0.1, 0.3, 1.0)),
-    Setting(0.3, "log_prob", low_pass=False),
+    Setting(0.0075, "cross_entropy", low_pass=False, batch_norm="coupled"),  # the paper's
+    *(Setting(0.3, criterion, batch_norm="coupled") for criterion in ("logit", "log_prob")),
+    *(Setting(0.3, criterion) for criterion in ("cross_entropy", "logit", "log_prob")),
+    Setting(1.0, "log_prob"),
 ]
 
 

@@ -29,9 +29,6 @@ PIECEWISE_LINEAR = {
     "Relu": "threshold_backward",
     "Threshold": "threshold_backward",
     "Hardtanh": "hardtanh_backward",  # also ReLU6
-    "_ReLU": "threshold_backward",  # these three as in interpgrad.double_backward.rectifier
-    "_LeakyReLU": "leaky_relu_backward",
-    "_Hardtanh": "hardtanh_backward",
     "LeakyRelu": "leaky_relu_backward",
     "PreluKernel": "_prelu_kernel_backward",
     "RreluWithNoise": "rrelu_with_noise_backward",

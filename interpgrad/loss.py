@@ -99,6 +99,7 @@ class InterpretableGradientLoss(nn.Module):
             raise ValueError(f"expected warmup to be a number of calls, an integer of at least 0, got {warmup!r}.")
         check_activations(activations)
         check_batch_norm(batch_norm)
+        derivative_of(criterion)
         self.model = model
         self.error = error
         self.lam = lam
@@ -110,7 +111,6 @@ class InterpretableGradientLoss(nn.Module):
         self.transform = transform
         self.penalty: Tensor | None = None
         self.cosine: Tensor | None = None
-        self._derivative = derivative_of(criterion)
         self._step = 0
         self._term: Tensor | None = None
         self._recorder: Recorder | None = None
@@ -141,7 +141,7 @@ class InterpretableGradientLoss(nn.Module):
             delta, guided = gradient_pair(
                 forward,
                 y,
-                derivative=self._derivative,
+                derivative=derivative_of(self.criterion),
                 batch_norm=self.batch_norm,
                 activations=self.activations,
                 create_graph=training and lam != 0,

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from nets import data
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from interpgrad import InterpretableGradientLoss
 
@@ -142,16 +143,16 @@ def test_ddp_every():
     spawn(ddp_every)
 
 
-def normalized_net():
+def normalized_net(activation=nn.ReLU):
     """Batch norm in training mode, with statistics of the whole batch."""
     torch.manual_seed(0)
     return nn.Sequential(
         nn.Conv2d(3, 6, 3, padding=1),
         nn.BatchNorm2d(6),
-        nn.ReLU(),
+        activation(),
         nn.Conv2d(6, 8, 3),
         nn.BatchNorm2d(8, affine=False, momentum=None),
-        nn.ReLU(inplace=True),
+        activation(inplace=True),
         nn.AdaptiveAvgPool2d(2),
         nn.Flatten(),
         nn.Linear(32, 4),
@@ -159,10 +160,11 @@ def normalized_net():
     ).double()
 
 
-def sync_batch_norm(rank, shared):
+def sync_batch_norm(rank, shared, batch_norm, activation=nn.ReLU):
     """Parts of different size: 5 and 3 images. The loss of the whole batch is the sum of theirs over 8."""
-    model, single = nn.SyncBatchNorm.convert_sync_batchnorm(normalized_net()), normalized_net()
-    reg, alone = InterpretableGradientLoss(model, lam=0.5), InterpretableGradientLoss(single, lam=0.5)
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(normalized_net(activation))
+    single = normalized_net(activation)
+    reg, alone = (InterpretableGradientLoss(each, lam=0.5, batch_norm=batch_norm) for each in (model, single))
     for x, y in batches():
         mine, targets = (each[:5] if rank == 0 else each[5:] for each in (x, y))
         for each in (model, single):
@@ -187,6 +189,102 @@ def sync_batch_norm(rank, shared):
     assert all("forward" not in vars(part) for part in model.modules())
     model.eval()
     torch.testing.assert_close(model(x), single.eval()(x))
+
+
+class Collectives(TorchDispatchMode):
+    """Counts them."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.namespace == "c10d"
+        return func(*args, **(kwargs or {}))
+
+
+def kernels_for_the_cpu():
+    """Of torch's SyncBatchNorm, which has them on GPUs only: what they are documented to compute."""
+    shape = lambda x: (1, -1, *[1] * (x.dim() - 2))  # noqa: E731
+    dims = lambda x: [0, *range(2, x.dim())]  # noqa: E731
+
+    def stats(x, eps):
+        return x.mean(dims(x)), (x.var(dims(x), unbiased=False) + eps).rsqrt()
+
+    def gather(x, means, invstds, running_mean, running_var, momentum, eps, counts):
+        share, n = (counts / counts.sum())[:, None], counts.sum()
+        mean = (share * means).sum(0)
+        variance = (share * (invstds**-2 - eps + (means - mean) ** 2)).sum(0)
+        if running_mean is not None:
+            running_mean.lerp_(mean, momentum)
+            running_var.lerp_(variance * n / (n - 1), momentum)
+        return mean, (variance + eps).rsqrt()
+
+    def normalize(x, weight, bias, mean, invstd, eps):
+        y = (x - mean.view(shape(x))) * invstd.view(shape(x))
+        return y if weight is None else y * weight.view(shape(x)) + bias.view(shape(x))
+
+    def reduce(g, x, mean, invstd, weight, *wanted):
+        sum_dy, sum_dy_xmu = g.sum(dims(x)), (g * (x - mean.view(shape(x)))).sum(dims(x))
+        return sum_dy, sum_dy_xmu, sum_dy_xmu * invstd, sum_dy.clone()
+
+    def backward(g, x, mean, invstd, weight, sum_dy, sum_dy_xmu, count):
+        n = count.sum()
+        centred = g - (sum_dy / n).view(shape(x))
+        centred = centred - (x - mean.view(shape(x))) * (sum_dy_xmu / n * invstd**2).view(shape(x))
+        return centred * (invstd if weight is None else invstd * weight).view(shape(x))
+
+    library = torch.library.Library("aten", "IMPL")
+    for name, kernel in {
+        "batch_norm_stats": stats,
+        "batch_norm_gather_stats_with_counts": gather,
+        "batch_norm_elemt": normalize,
+        "batch_norm_backward_reduce": reduce,
+        "batch_norm_backward_elemt": backward,
+    }.items():
+        library.impl(name, kernel, "CPU")
+    return library
+
+
+def sync_batch_norm_on_kernels(rank):
+    from interpgrad.double_backward import sync_batch_norm as module
+
+    library, module._has_kernels = kernels_for_the_cpu(), lambda x: True
+    for activation in (nn.ReLU, nn.SiLU):
+        sync_batch_norm(rank, True, "frozen", activation)
+    collectives(rank, "frozen", 0)
+    model, more = nn.SyncBatchNorm.convert_sync_batchnorm(normalized_net()), []
+    coupled, frozen = (InterpretableGradientLoss(model, batch_norm=each) for each in ("coupled", "frozen"))
+    x, y = (half(rank, each) for each in batches()[0])
+    for first, second in ((coupled, frozen), (frozen, coupled)):
+        with first.shared_forward(), second.shared_forward():
+            model(x)
+        more.append(coupled(x, y) + frozen(x, y))
+        assert all("forward" not in vars(part) for part in model.modules())
+    torch.testing.assert_close(more[0], more[1])
+    del library
+
+
+def test_sync_batch_norm_on_torchs_own_kernels():
+    """As on GPUs: torch's Function, whose inner passes need no collective; of two losses, one coupled, either order."""
+    spawn(sync_batch_norm_on_kernels)
+
+
+def collectives(rank, batch_norm, count):
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(normalized_net())
+    reg = InterpretableGradientLoss(model, lam=0.5, batch_norm=batch_norm)
+    x, y = (half(rank, each) for each in batches()[0])
+    with reg.shared_forward():
+        model(x)
+    with Collectives() as inner:
+        value = reg(x, y)
+    with Collectives() as outer:
+        value.backward()
+    assert (inner.count, outer.count > 0) == (count, count > 0)
+
+
+@pytest.mark.parametrize(("batch_norm", "count"), [("frozen", 0), ("coupled", 12)])
+def test_no_collective_in_inner_passes(batch_norm, count):
+    """Coupled, there are two sums for each of three layers in each of two passes."""
+    spawn(collectives, batch_norm, count)
 
 
 class WithActivation(nn.SyncBatchNorm):
@@ -215,10 +313,17 @@ def test_sync_batch_norms_of_other_kinds():
     spawn(sync_batch_norms_of_other_kinds)
 
 
+@pytest.mark.parametrize("batch_norm", ["frozen", "coupled"])
 @pytest.mark.parametrize("shared", [False, True])
-def test_sync_batch_norm(shared):
-    """Differentiated across ranks, through the statistics that are shared, like batch norm in one process."""
-    spawn(sync_batch_norm, shared)
+def test_sync_batch_norm(shared, batch_norm):
+    """Differentiated across ranks, through the statistics that are shared or not, like batch norm in one process."""
+    spawn(sync_batch_norm, shared, batch_norm)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_sync_batch_norm_beside_smooth_activations(shared):
+    """Where the second derivative is taken in a pass of its own."""
+    spawn(sync_batch_norm, shared, "frozen", nn.SiLU)
 
 
 def fsdp2(rank, shared):

@@ -1,6 +1,7 @@
 """The loss against a literal Algorithm 1, and its settings."""
 
 import copy
+import functools
 import math
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from nets import data, small_net
 from torch import nn
 
-from interpgrad import InterpretableGradientLoss, input_gradients
+from interpgrad import InterpretableGradientLoss, input_gradients, low_pass
 from interpgrad.criteria import cross_entropy
 
 ERRORS = ["cos", "mae", "mse", "hi"]
@@ -180,6 +181,85 @@ def test_every_counter_survives_a_checkpoint():
     resumed = InterpretableGradientLoss(model, every=3)
     resumed.load_state_dict(state)
     assert [bool(resumed(x, y)) for _ in range(3)] == [False, False, True]
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_warmup_grows_linearly_and_survives_a_checkpoint(every):
+    model, (x, y) = small_net().eval(), data()
+    full = float(InterpretableGradientLoss(model, lam=0.5)(x, y))
+    reg = InterpretableGradientLoss(model, lam=0.5, warmup=8, every=every)
+    for call in range(12):
+        if call == 5:
+            state = reg.state_dict()
+            reg = InterpretableGradientLoss(model, lam=0.5, warmup=8, every=every)
+            reg.load_state_dict(state)
+        expected = every * full * min(1, call / 8) if call % every == 0 else 0
+        assert float(reg(x, y)) == pytest.approx(expected, rel=1e-12)
+    for warmup in (-1, 0.5):
+        with pytest.raises(ValueError, match="expected warmup to be a number of calls, an integer of at least 0"):
+            InterpretableGradientLoss(model, warmup=warmup)
+
+
+def test_logs():
+    model, (x, y) = small_net().eval(), data()
+    reg = InterpretableGradientLoss(model, "mse", lam=0.5, every=2, warmup=4)
+    assert reg.logs() == {}
+    for call in range(4):
+        value = reg(x, y)
+        if call % 2 == 0:
+            logs = {"penalty": float(reg.penalty), "cosine": float(reg.cosine), "term": float(value)}
+        assert reg.logs() == logs
+        assert all(type(each) is float for each in reg.logs().values())
+    assert reg.logs()["term"] == pytest.approx(0.5 * 2 / 4 * 2 * float(reg.penalty))
+
+
+def test_low_pass():
+    gradient = torch.randn(2, 3, 7, 6, dtype=torch.float64)
+    padded = F.pad(gradient, (1, 1, 1, 1))
+    literal = sum(padded[:, :, i : i + 7, j : j + 6] for i in range(3) for j in range(3)) / 9
+    torch.testing.assert_close(low_pass(gradient), literal)
+    for dims in (1, 2, 3):
+        impulse = torch.zeros(1, 1, *[9] * dims)
+        impulse[(0, 0, *[4] * dims)] = 5**dims
+        assert low_pass(impulse, size=5).sum() == pytest.approx(5**dims)
+        assert torch.equal(low_pass(impulse, size=1), impulse)
+    for size in (2, 0, 3.0):
+        with pytest.raises(ValueError, match="expected size to be a positive odd number of pixels"):
+            low_pass(gradient, size)
+    with pytest.raises(ValueError, match="spatial dimensions"):
+        low_pass(gradient.flatten(1))
+
+
+SUMMED = {
+    "nn.CrossEntropyLoss": (nn.CrossEntropyLoss(), nn.CrossEntropyLoss(reduction="sum")),
+    "with weights": (
+        nn.CrossEntropyLoss(torch.arange(1.0, 5.0).double()),
+        nn.CrossEntropyLoss(torch.arange(1.0, 5.0).double(), reduction="sum"),
+    ),
+    "F.cross_entropy": (F.cross_entropy, functools.partial(F.cross_entropy, reduction="sum")),
+    "functools.partial": (
+        functools.partial(F.cross_entropy, label_smoothing=0.1, reduction="mean"),
+        functools.partial(F.cross_entropy, label_smoothing=0.1, reduction="sum"),
+    ),
+    "sum": (nn.CrossEntropyLoss(reduction="sum"), "cross_entropy"),
+}
+
+
+@pytest.mark.parametrize("name", SUMMED)
+def test_losses_that_average_are_summed(name):
+    """The gradient of a sample, and the value, must not depend on the size of its batch."""
+    (criterion, summed), model, (x, y) = SUMMED[name], small_net().eval(), data(n=4)
+    alone = input_gradients(model, x[:1], y[:1], criterion=criterion)
+    for whole, one, expected in zip(
+        input_gradients(model, x, y, criterion=criterion),
+        alone,
+        input_gradients(model, x, y, criterion=summed),
+        strict=True,
+    ):
+        torch.testing.assert_close(whole[:1], one, rtol=1e-9, atol=1e-15)
+        torch.testing.assert_close(whole, expected, rtol=1e-9, atol=1e-15)
+    if isinstance(criterion, nn.Module) and name != "sum":
+        assert criterion.reduction == "mean"  # as the user left it
 
 
 def test_no_grad_returns_the_value_and_ignores_every():

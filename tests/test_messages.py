@@ -52,6 +52,23 @@ def test_unknown_names_and_settings():
         InterpretableGradientLoss(lambda x: x)
 
 
+def test_criteria():
+    class Averages(nn.Module):
+        reduction = "mean"
+
+    for criterion in (None, nn.CrossEntropyLoss, 3):
+        with raises(ValueError, "expected criterion to be one of 'log_prob', 'logit', 'cross_entropy' or a callable"):
+            InterpretableGradientLoss(small_net(), criterion=criterion)
+    with raises(ValueError, 'got Averages with reduction="mean"', 'make it with reduction="sum"'):
+        InterpretableGradientLoss(small_net(), criterion=Averages())
+    with raises(ValueError, 'expected batch_norm="frozen" or batch_norm="coupled", got \'eval\''):
+        InterpretableGradientLoss(small_net(), batch_norm="eval")
+    x, _ = data()
+    for y in (torch.zeros(3, 1).long(), torch.zeros(3, 1).double()):
+        with raises(ValueError, "indices, or probabilities of the shape of the logits, (3, 4)", "of shape (3, 1)"):
+            InterpretableGradientLoss(small_net())(x, y)
+
+
 @pytest.mark.parametrize("entry", ["loss", "shared", "input_gradients"])
 def test_images(entry):
     model, (x, y) = small_net(), data()

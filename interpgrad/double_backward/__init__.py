@@ -18,6 +18,7 @@ from interpgrad.double_backward import (
     pooling,
     rectifier,
     row_norm,
+    smooth,
 )
 
 _REPLACEMENTS = {
@@ -26,6 +27,7 @@ _REPLACEMENTS = {
     **row_norm.REPLACEMENTS,
     **pooling.REPLACEMENTS,
     **rectifier.REPLACEMENTS,
+    **smooth.REPLACEMENTS,
     **hardsigmoid.REPLACEMENTS,
 }
 _CONCERNED = {*_REPLACEMENTS, *attention.FUNCTIONS}

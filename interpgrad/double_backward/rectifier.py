@@ -1,7 +1,8 @@
 """ReLU, leaky ReLU and hardtanh, whose double backward is the same mask once more.
 
 Stock adds to that a gradient for the masked values: a tensor of zeros, which is written, added to what arrives there by
-other ways, and runs through the backward pass of every layer before. Here the mask is a constant.
+other ways, and runs through the backward pass of every layer before. Here the mask is a constant. The Functions are
+named as stock's nodes are, by which the graph is read.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch.autograd import Function
 aten = torch.ops.aten
 
 
-class _ReLU(Function):
+class Relu(Function):
     """y = max(x, 0), which saves its output, as the native one does."""
 
     @staticmethod
@@ -34,7 +35,7 @@ class _ReLU(Function):
         return aten.threshold_backward(g, y.detach(), 0), None
 
 
-class _LeakyReLU(Function):
+class LeakyRelu(Function):
     """y = max(x, 0) + slope min(x, 0), which saves its output in place, else its input, as the native one does."""
 
     @staticmethod
@@ -52,7 +53,7 @@ class _LeakyReLU(Function):
         return aten.leaky_relu_backward(g, saved.detach(), *ctx.settings), None, None
 
 
-class _Hardtanh(Function):
+class Hardtanh(Function):
     """y = clamp(x, low, high), which saves its output in place, else its input, as the native one does."""
 
     @staticmethod
@@ -71,7 +72,7 @@ class _Hardtanh(Function):
 
 
 def _relu(input: Tensor, inplace: bool = False) -> Any:
-    return NotImplemented if inplace and input._is_view() else _ReLU.apply(input, inplace)
+    return NotImplemented if inplace and input._is_view() else Relu.apply(input, inplace)
 
 
 def _relu_(input: Tensor) -> Any:
@@ -81,11 +82,11 @@ def _relu_(input: Tensor) -> Any:
 def _leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Any:
     if inplace and (negative_slope < 0 or input._is_view()):  # the first is an error in the backward pass
         return NotImplemented
-    return _LeakyReLU.apply(input, negative_slope, inplace)
+    return LeakyRelu.apply(input, negative_slope, inplace)
 
 
 def _hardtanh(input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Any:
-    return NotImplemented if inplace and input._is_view() else _Hardtanh.apply(input, min_val, max_val, inplace)
+    return NotImplemented if inplace and input._is_view() else Hardtanh.apply(input, min_val, max_val, inplace)
 
 
 def _relu6(input: Tensor, inplace: bool = False) -> Any:

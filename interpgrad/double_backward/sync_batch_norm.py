@@ -104,7 +104,7 @@ def _forward(layer: nn.SyncBatchNorm, differentiable: bool, x: Tensor) -> Tensor
     if not layer.training or group is None or dist.get_world_size(group) == 1:
         return type(layer).forward(layer, x)  # no synchronization: it calls F.batch_norm
     layer._check_input_dim(x)
-    if differentiable or x.device.type == "cpu":  # where torch has no kernels
+    if differentiable or not _has_kernels(x):
         return _differentiable(layer, x, group)
     momentum, running_mean, running_var = 0.0, None, None
     if layer.track_running_stats:
@@ -114,6 +114,11 @@ def _forward(layer: nn.SyncBatchNorm, differentiable: bool, x: Tensor) -> Tensor
         x, layer.weight, layer.bias, running_mean, running_var, layer.eps, momentum, group, world
     )
     return y
+
+
+def _has_kernels(x: Tensor) -> bool:
+    """Whether torch has any on its device."""
+    return x.device.type != "cpu"
 
 
 def _differentiable(layer: nn.SyncBatchNorm, x: Tensor, group: Any) -> Tensor:

@@ -1,0 +1,96 @@
+"""GELU and SiLU, whose second derivative is written out; stock's double backward is some twenty passes over memory.
+
+    GELU    f'' = phi(x) (2 - x^2), with phi the density of the normal distribution
+    SiLU    f'' = s (1 - s) (2 + x (1 - 2 s)), with s the sigmoid of x
+
+The backward pass dx = g f'(x) is a Function of its own: for an incoming u the gradient for g is u f'(x), by the same
+kernel, and the one for x is u g f''(x). The Functions are named as stock's nodes are, by which the graph is read.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+
+aten = torch.ops.aten
+
+
+class Gelu(Function):
+    """y = x Phi(x)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        y: Tensor = aten.gelu(x)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        gradient: Tensor = _Backward.apply(g, *ctx.saved_tensors, aten.gelu_backward, _gelu_second)
+        return gradient
+
+
+class Silu(Function):
+    """y = x sigmoid(x). In place, on y; x, a copy from outside of the Function, is then what is differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x)
+        if y is not None:
+            ctx.mark_dirty(y)
+        result: Tensor = aten.silu(x) if y is None else aten.silu_(y)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        return _Backward.apply(g, *ctx.saved_tensors, aten.silu_backward, _silu_second), None
+
+
+class _Backward(Function):
+    """dx = g f'(x)."""
+
+    @staticmethod
+    def forward(ctx: Any, g: Tensor, x: Tensor, first: Any, second: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.derivatives = first, second
+        ctx.save_for_backward(g, x)
+        dx: Tensor = first(g, x)
+        return dx
+
+    @staticmethod
+    def backward(ctx: Any, u: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        """Of any order: the operations are differentiable where they have to be."""
+        g, x = ctx.saved_tensors
+        first, second = ctx.derivatives
+        single = x.to(torch.promote_types(x.dtype, torch.float32))
+        return _Backward.apply(u, x, first, second), (second(single) * g * u).to(x.dtype), None, None
+
+
+def _gelu_second(x: Tensor) -> Tensor:
+    square = x.square()
+    return (square * -0.5).exp() * (2 - square).mul(1 / math.sqrt(2 * math.pi))
+
+
+def _silu_second(x: Tensor) -> Tensor:
+    s = x.sigmoid()
+    return s * (1 - s) * (2 + x * (1 - 2 * s))
+
+
+def _gelu(input: Tensor, approximate: str = "none") -> Any:
+    """The replacement of F.gelu, with its signature."""
+    return Gelu.apply(input) if approximate == "none" else NotImplemented
+
+
+def _silu(input: Tensor, inplace: bool = False) -> Any:
+    """The replacement of F.silu, with its signature."""
+    if inplace:
+        return NotImplemented if input._is_view() else Silu.apply(input.clone(), input)
+    return Silu.apply(input, None)
+
+
+REPLACEMENTS = {F.gelu: _gelu, F.silu: _silu}
