@@ -56,7 +56,7 @@ def test_contenders_with_a_wrong_gradient_are_not_timed(tmp_path):
 def test_unknown_model(tmp_path):
     result = run("--models", "nonesuch", cwd=tmp_path)
     assert result.returncode != 0
-    assert "expected resnet18_cifar or a model of torchvision or timm, got 'nonesuch'" in result.stderr
+    assert "expected resnet18_cifar, small_resnet or a model of torchvision or timm, got 'nonesuch'" in result.stderr
     assert "Traceback" not in result.stderr
 
 
@@ -95,6 +95,8 @@ def test_what_the_loss_sends(tmp_path):
     assert plain["DDP"] == own["DDP"] == shared["DDP"] == skipped["DDP"]
     assert plain["DDP"]["megabytes"]["allreduce"] == pytest.approx(4 * 11_689_512 / 1e6)
     assert plain["FSDP2"] == shared["FSDP2"] == skipped["FSDP2"]
-    assert own["FSDP2"]["calls"]["allgather"] == 2 * plain["FSDP2"]["calls"]["allgather"]
+    # For a forward pass more, and the first of its backward passes.
+    gathers = [each["FSDP2"]["calls"]["allgather"] for each in (plain, own)]
+    assert gathers[0] < gathers[1] < 2 * gathers[0]
     assert rows["step skipped by every"]["gflop"] == rows["plain step"]["gflop"]
     assert 7 / 3 < rows["shared forward"]["gflop"] / rows["plain step"]["gflop"] < 2.4
