@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from interpgrad import graph
+from interpgrad.autocast import at_least_single
 
 Criterion = Callable[[Tensor, Any], Tensor]  # (logits, y) -> 0-dim
 Derivative = Callable[[Tensor, Any, bool], Tensor]  # (logits, y, create_graph) -> v
@@ -49,7 +50,7 @@ def _log_prob(logits: Tensor, y: Tensor, create_graph: bool) -> Tensor:  # noqa:
 
     In single precision it is 0 for every p_y > 1 - 6e-8, and the target's logit drops out of the gradient.
     """
-    p, y = _single(logits.detach()).softmax(1), _distribution(logits, y)
+    p, y = at_least_single(logits.detach()).softmax(1), _distribution(logits, y)
     return y * _sum_of_others(p) - p * _sum_of_others(y)
 
 
@@ -59,7 +60,7 @@ def _logit(logits: Tensor, y: Tensor, create_graph: bool) -> Tensor:  # noqa: AR
 
 def _distribution(logits: Tensor, y: Tensor) -> Tensor:
     """(N, C): y, or ones at the targets, but for those to ignore."""
-    zeros = torch.zeros_like(_single(logits.detach()))
+    zeros = torch.zeros_like(at_least_single(logits.detach()))
     if y.shape != (logits.shape if y.is_floating_point() else (*logits.shape[:1], *logits.shape[2:])):
         raise ValueError(
             f"expected y to hold class indices, or probabilities of the shape of the logits, {tuple(logits.shape)}, "
@@ -106,7 +107,7 @@ def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
     value, but p_y - 1 in its gradient cancels: in single precision the target's logit drops out of the
     gradient of every sample with p_y > 1 - 6e-8, and the direction of what is left is another one.
     """
-    logits = _single(logits)
+    logits = at_least_single(logits)
     if y.is_floating_point() or logits.dim() != 2 or logits.shape[1] == 1:
         return F.cross_entropy(logits, y, reduction="sum")
     y = y.long()
@@ -121,7 +122,7 @@ def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
 
 def _cross_entropy(logits: Tensor, y: Tensor, create_graph: bool) -> Tensor:
     # In half-precision logits its gradient may have underflowed already.
-    return _differentiated(cross_entropy, _single(logits), y, create_graph)
+    return _differentiated(cross_entropy, at_least_single(logits), y, create_graph)
 
 
 def _summed(criterion: Criterion) -> Criterion:
@@ -145,10 +146,6 @@ def _summed(criterion: Criterion) -> Criterion:
     except (TypeError, ValueError, KeyError):  # without a signature, or such a parameter
         return criterion
     return functools.partial(criterion, reduction="sum") if reduction in _MEANS else criterion  # type: ignore[call-arg]
-
-
-def _single(logits: Tensor) -> Tensor:
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 _DERIVATIVES: dict[str, Derivative] = {

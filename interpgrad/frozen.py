@@ -20,6 +20,7 @@ from torch.autograd import Function
 from torch.autograd.graph import Node
 
 from interpgrad import graph
+from interpgrad.double_backward.batch_norm import Scaling
 from interpgrad.double_backward.engine import frozen_pass, in_frozen_pass, wanted
 
 _STOCK = ("NativeBatchNorm", "CudnnBatchNorm", "MiopenBatchNorm")
@@ -56,8 +57,7 @@ class _Scaled:
         if gradients[0] is None or not (self.node._saved_training and in_frozen_pass()):
             return None
         weight, invstd = self.node._saved_weight, self.node._saved_result2
-        scale = (invstd if weight is None else weight * invstd).view(1, -1, *[1] * (outer[0].dim() - 2))
-        return (outer[0] * scale).to(outer[0].dtype), *gradients[1:]
+        return Scaling.apply(outer[0], weight, invstd), *gradients[1:]
 
 
 def batch_statistics(operations: graph.Operations) -> set[Node]:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from interpgrad import frozen, graph
+from interpgrad.autocast import at_least_single
 from interpgrad.criteria import Criterion, Derivative, derivative_of
 from interpgrad.forward import Forward, check_batch, forward_without_trace
 from interpgrad.guided import check_activations, guided_backward
@@ -143,7 +144,7 @@ class _InnerPasses(NamedTuple):
 
         The largest gradient at the logits becomes about 2^8. A power of two, so nothing is rounded.
         """
-        v = v.to(torch.promote_types(v.dtype, torch.float32))
+        v = at_least_single(v)
         largest = v.detach().abs().max()
         scale = torch.where(largest > 0, torch.exp2((8 - largest.log2().ceil()).clamp(-100, 100)), 1)
         for _ in range(_ATTEMPTS):
@@ -151,7 +152,7 @@ class _InnerPasses(NamedTuple):
             if bool(delta.isfinite().all() & guided.isfinite().all()):
                 break
             scale = scale / 64  # the network amplifies its gradients beyond what float16 holds
-        return _unscale(delta, scale), _unscale(guided, scale)
+        return at_least_single(delta) / scale, at_least_single(guided) / scale
 
     def _two_passes(self, logits: Tensor, v: Tensor, verify: bool) -> tuple[Tensor, Tensor]:
         """J^T v, and guided. The graph is kept in any case: it is also the one of the user's own loss."""
@@ -173,7 +174,3 @@ class _InnerPasses(NamedTuple):
         inputs = [each for each in graph.leaves(delta, until=image) if each is not image and each is not leaf]
         inputs += [image] if self.forward.x.requires_grad else []
         return frozen.apart(self.network, delta, [leaf, *inputs], [v, *inputs])
-
-
-def _unscale(gradient: Tensor, scale: Tensor) -> Tensor:
-    return gradient.to(torch.promote_types(gradient.dtype, torch.float32)) / scale

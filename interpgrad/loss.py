@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from interpgrad.autocast import without_autocast
+from interpgrad.autocast import at_least_single, without_autocast
 from interpgrad.criteria import Criterion, derivative_of
 from interpgrad.errors import ERRORS, cos
 from interpgrad.forward import Forward, Recorder, check_batch, forward_without_trace
@@ -147,7 +147,7 @@ class InterpretableGradientLoss(nn.Module):
                 create_graph=training and lam != 0,
                 verified=self._verified,
             )
-            delta, guided = _at_least_single(delta), _at_least_single(guided)
+            delta, guided = at_least_single(delta), at_least_single(guided)
             with without_autocast(x.device):
                 penalty = self._error(delta, guided).mean()
                 cosine = 1 - cos(delta.detach(), guided).mean()
@@ -247,8 +247,4 @@ def _same_images(recorded: Forward, x: Tensor) -> Forward:
 
 def _zero(x: Tensor) -> Tensor:
     """A zero that can be added to a loss, or backpropagated through by itself."""
-    return torch.zeros((), dtype=_at_least_single(x[:0]).dtype, device=x.device, requires_grad=True)
-
-
-def _at_least_single(gradient: Tensor) -> Tensor:
-    return gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+    return torch.zeros((), dtype=at_least_single(x[:0]).dtype, device=x.device, requires_grad=True)

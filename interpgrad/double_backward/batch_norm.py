@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
+from interpgrad.autocast import at_least_single
 from interpgrad.double_backward.engine import in_frozen_pass, stock_gradients, tensors_of, wanted
 
 aten = torch.ops.aten
@@ -102,7 +103,7 @@ def constant_backward(
     dx = Scaling.apply(g, weight, invstd) if for_x else None
     if torch.is_grad_enabled():
         dims = [0, *range(2, g.dim())]
-        xhat = (x - _channels(mean, x)) * _channels(invstd.to(x.dtype), x) if for_weight else None
+        xhat = (x - channels(mean, x)) * channels(invstd.to(x.dtype), x) if for_weight else None
         return dx, None if xhat is None else (g * xhat).sum(dims), g.sum(dims) if for_bias else None
     dweight, dbias = channel_sums(g, x, mean, invstd) if for_weight or for_bias else (None, None)
     return dx, _like(dweight, weight), _like(dbias, weight)
@@ -116,7 +117,7 @@ class Scaling(Function):
         """Rounded once, also where g is in half precision and the scale is not."""
         ctx.tensors = tensors_of(g, weight)
         ctx.save_for_backward(g, weight, invstd)
-        scale = _channels(invstd if weight is None else weight * invstd, g)
+        scale = channels(invstd if weight is None else weight * invstd, g)
         return g * scale if scale.dtype == g.dtype else torch.mul(g, scale, out=torch.empty_like(g))
 
     @staticmethod
@@ -203,7 +204,7 @@ def double_backward(
         # of_x x + constant is the native kernel's evaluation mode, at a mean of 0 and a variance of 1.
         dx = aten.native_batch_norm(x, of_x, constant, zero, one, False, 0.0, 0.0)[0]
         for tensor, of_tensor in ((a, of_a), (g, of_g)):
-            dx.addcmul_(tensor, _channels(of_tensor, tensor).to(tensor.dtype))
+            dx.addcmul_(tensor, channels(of_tensor, tensor).to(tensor.dtype))
     return dg, dx, invstd * torch.add(p, q, alpha=-1 / n) if for_weight else None
 
 
@@ -218,22 +219,17 @@ def channel_sums(g: Tensor, x: Tensor, mean: Tensor, invstd: Tensor) -> tuple[Te
     return sums[0], sums[1]
 
 
-def at_least_single(statistic: Tensor) -> Tensor:
-    """In single precision, if it was in half."""
-    return statistic.to(torch.promote_types(statistic.dtype, torch.float32))
-
-
 def formula(g: Tensor, x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, dweight, dbias), coupled, as printed above, in differentiable operations."""
     dims, n = [0, *range(2, x.dim())], x.numel() // x.shape[1]
     s = (x.var(dims, unbiased=False) + eps).rsqrt()
-    xhat = (x - _channels(x.mean(dims), x)) * _channels(s, x)
+    xhat = (x - channels(x.mean(dims), x)) * channels(s, x)
     dweight, dbias = (g * xhat).sum(dims), g.sum(dims)
-    centred = g - (_channels(dbias, x) + xhat * _channels(dweight, x)) / n
-    return _channels(s if weight is None else weight * s, x) * centred, dweight, dbias
+    centred = g - (channels(dbias, x) + xhat * channels(dweight, x)) / n
+    return channels(s if weight is None else weight * s, x) * centred, dweight, dbias
 
 
-def _channels(value: Tensor, x: Tensor) -> Tensor:
+def channels(value: Tensor, x: Tensor) -> Tensor:
     """(C,) as (1, C, 1, ...), to broadcast with x."""
     return value.view(1, -1, *[1] * (x.dim() - 2))
 

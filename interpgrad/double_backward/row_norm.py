@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from interpgrad.autocast import autocast_dtype
+from interpgrad.autocast import at_least_single, autocast_dtype
 from interpgrad.double_backward import batch_norm
 from interpgrad.double_backward.batch_norm import Gradients
 from interpgrad.double_backward.engine import stock_gradients, tensors_of, wanted
@@ -130,7 +130,7 @@ class _RowNormBackward(Function):
         weighted, h = ctx.norm.weighted, ctx.norm.weighted(g, weight)
         a, h, x_rows = (_as_rows(each.to(x.dtype), mean.numel()) for each in (a, h, x))
         kernel = batch_norm.Kernel(ctx.norm.eps, _NATIVE, x.new_empty(0, dtype=torch.uint8))
-        mean, invstd = (batch_norm.at_least_single(each.flatten()) for each in (mean, invstd))
+        mean, invstd = (at_least_single(each.flatten()) for each in (mean, invstd))
         sums = batch_norm.channel_sums(h, x_rows, mean, invstd)
         mask = [for_g or for_weight, for_x, False]
         t, dx, _ = batch_norm.double_backward(kernel, a, h, x_rows, None, mean, invstd, sums, mask)

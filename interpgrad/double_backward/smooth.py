@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
+from interpgrad.autocast import at_least_single
+
 aten = torch.ops.aten
 
 
@@ -67,8 +69,7 @@ class _Backward(Function):
         """Of any order: the operations are differentiable where they have to be."""
         g, x = ctx.saved_tensors
         first, second = ctx.derivatives
-        single = x.to(torch.promote_types(x.dtype, torch.float32))
-        return _Backward.apply(u, x, first, second), (second(single) * g * u).to(x.dtype), None, None
+        return _Backward.apply(u, x, first, second), (second(at_least_single(x)) * g * u).to(x.dtype), None, None
 
 
 def _gelu_second(x: Tensor) -> Tensor:

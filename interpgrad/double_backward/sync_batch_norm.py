@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn.modules import _functions as torch_functions
 
-from interpgrad.double_backward.batch_norm import Scaling, constant_backward
+from interpgrad.autocast import at_least_single
+from interpgrad.double_backward.batch_norm import Scaling, channels, constant_backward
 from interpgrad.double_backward.engine import in_frozen_pass, wanted
 
 
@@ -47,7 +48,7 @@ class _Standardized(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, mean: Tensor, invstd: Tensor) -> Tensor:
         ctx.save_for_backward(x, mean, invstd)
-        return (x - _channels(mean, x)) * _channels(invstd, x)
+        return (x - channels(mean, x)) * channels(invstd, x)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
@@ -55,7 +56,7 @@ class _Standardized(Function):
         if in_frozen_pass():
             return Scaling.apply(g, None, invstd), None, None
         dims = [0, *range(2, x.dim())]
-        return g * _channels(invstd, x), -g.sum(dims) * invstd, (g * (x - _channels(mean, x))).sum(dims)
+        return g * channels(invstd, x), -g.sum(dims) * invstd, (g * (x - channels(mean, x))).sum(dims)
 
 
 class _SyncBatchNorm(torch_functions.SyncBatchNorm):
@@ -130,20 +131,20 @@ def _differentiable(layer: nn.SyncBatchNorm, x: Tensor, group: Any) -> Tensor:
         for running, new in ((layer.running_mean, mean.detach()), (layer.running_var, unbiased)):
             assert running is not None
             running.lerp_(new.to(running.dtype), momentum)
-    y = y if layer.weight is None else y * _channels(layer.weight, x)
-    y = y if layer.bias is None else y + _channels(layer.bias, x)
+    y = y if layer.weight is None else y * channels(layer.weight, x)
+    y = y if layer.bias is None else y + channels(layer.bias, x)
     return y.to(x.dtype)
 
 
 def _normalize(x: Tensor, eps: float, group: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(x - mean) / sqrt(variance + eps), mean (C,), biased variance (C,) and the number of values in a channel."""
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    x = at_least_single(x)
     dims = [0, *range(2, x.dim())]
     n = x.new_full((1,), x.numel() // x.shape[1])
     *total, n = _SumOverRanks.apply(torch.cat([x.sum(dims), n]), group).split([x.shape[1], 1])
     n = n.detach()
     mean = total[0] / n
-    variance = _SumOverRanks.apply((x - _channels(mean, x)).square().sum(dims), group) / n
+    variance = _SumOverRanks.apply((x - channels(mean, x)).square().sum(dims), group) / n
     return _Standardized.apply(x, mean, (variance + eps).rsqrt()), mean, variance, n
 
 
@@ -152,8 +153,3 @@ def _momentum(layer: nn.SyncBatchNorm) -> float:
     assert layer.num_batches_tracked is not None
     layer.num_batches_tracked.add_(1)
     return 1 / layer.num_batches_tracked.item() if layer.momentum is None else layer.momentum
-
-
-def _channels(value: Tensor, x: Tensor) -> Tensor:
-    """(C,) as (1, C, 1, ...), to broadcast with x."""
-    return value.view(1, -1, *[1] * (x.dim() - 2))
