@@ -123,7 +123,7 @@ def sharpened(name: str) -> nn.Module:
 
 
 def trained(checkpoint: Path) -> nn.Module:
-    from networks import load
+    from classifiers import load
 
     return load(str(checkpoint), 10).model
 

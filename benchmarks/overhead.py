@@ -56,7 +56,7 @@ def build(name: str, classes: int = 10) -> nn.Module:
 
     if name == "small_resnet":
         sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-        from quickstart import small_resnet
+        from classifiers import small_resnet
 
         return small_resnet(classes)
     if name == "resnet18_cifar":

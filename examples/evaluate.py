@@ -25,23 +25,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from classifiers import Network, last_layer, load
+from figures import OBJECTS, scaled
 from images import BadInputError, digits_on_photographs
-from networks import Network, last_layer, load
-from quickstart import OBJECTS, positive
-from torch import Tensor
+from quickstart import positive
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 from tqdm import tqdm
 
 from interpgrad import metrics, plot, saliency
 
 TITLES = {
+    "gradient": "|δ|",
+    "smooth_gradient": "SmoothGrad",
     "grad_cam": "Grad-CAM",
     "grad_cam_pp": "Grad-CAM++",
     "score_cam": "Score-CAM",
     "ablation_cam": "Ablation-CAM",
     "axiom_cam": "Axiom-CAM",
 }
-METRICS = {"AD": "AD↓", "AG": "AG↑", "AI": "AI↑", "INS": "INS↑", "DEL": "DEL↓"}
+# INS/y is insertion divided by the mean confidence in the whole images; the size of a map, its mean, is no merit, but
+# AD, AG and AI reward it.
+METRICS = {"AD": "AD↓", "AG": "AG↑", "AI": "AI↑", "INS": "INS↑", "DEL": "DEL↓", "INS/y": "INS/y↑", "size": "size"}
 RESAMPLES = 10_000
 
 
@@ -88,13 +93,14 @@ def evaluate(network: Network, task: Task, layer: str, method: str, options: arg
     found: dict[str, list[Tensor]] = {name: [] for name in METRICS}
     seconds = {"maps": 0.0, "metrics": 0.0}
     chunk = {"chunk_size": options.chunk} if options.chunk else {}
+    confidence: list[Tensor] = []
     hits, count = 0, 0
     with tqdm(total=len(task.images), desc=f"{network.name}, {TITLES[method]}", unit="image", leave=False) as progress:  # type: ignore[arg-type]
         for images, labels in task.batches(options.batch):
             x = (images.to(options.device) - mean) / std
             target = labels.to(options.device) if options.target == "label" else None
             began = time.perf_counter()
-            maps = saliency.CAMS[method](network.model, x, layer, target, **chunk)
+            maps = maps_of(method, network.model, x, layer, target, options.criterion, chunk)
             values_began = _now(options.device)
             values = metrics.faithfulness(
                 network.model,
@@ -109,12 +115,17 @@ def evaluate(network: Network, task: Task, layer: str, method: str, options: arg
             )
             seconds["maps"] += values_began - began
             seconds["metrics"] += _now(options.device) - values_began
-            for name, value in values.items():
-                found[name].append(value.cpu())
             with torch.no_grad():
-                hits += int((network.model(x).argmax(1).cpu() == labels).sum())
+                probabilities = network.model(x).double().softmax(1).cpu()
+            hits += int((probabilities.argmax(1) == labels).sum())
+            explained = labels if options.target == "label" else probabilities.argmax(1)
+            confidence.append(probabilities.gather(1, explained[:, None]).squeeze(1))
+            for name, value in (values | {"INS/y": values["INS"], "size": maps.mean((1, 2))}).items():
+                found[name].append(value.cpu())
             count += len(x)
             progress.update(len(x))
+    merged = {name: torch.cat(parts) for name, parts in found.items()}
+    merged["INS/y"] /= torch.cat(confidence).mean()
     return {
         "network": network.name,
         "method": method,
@@ -122,8 +133,18 @@ def evaluate(network: Network, task: Task, layer: str, method: str, options: arg
         "images": count,
         "accuracy": hits / count,
         "images_per_second": {name: count / max(value, 1e-9) for name, value in seconds.items()},
-        "values": {name: torch.cat(parts).tolist() for name, parts in found.items()},
+        "values": {name: values.tolist() for name, values in merged.items()},
     }
+
+
+def maps_of(
+    method: str, model: nn.Module, x: Tensor, layer: str, target: Tensor | None, criterion: str, chunk: dict[str, int]
+) -> Tensor:
+    """Maps in [0, 1]: class activation maps (N, h, w), or gradients' magnitudes (N, H, W), summed over colours."""
+    if method in saliency.CAMS:
+        return saliency.CAMS[method](model, x, layer, target, **chunk)
+    function = saliency.gradient if method == "gradient" else saliency.smooth_gradient
+    return scaled(function(model, x, target, criterion=criterion, **chunk).abs().sum(1))
 
 
 def _now(device: str) -> float:
@@ -141,6 +162,7 @@ def evaluate_once(network: Network, task: Task, layer: str, method: str, options
         "target": options.target,
         "protocol": str(metrics.PROTOCOLS[options.protocol]),
         "denominator": options.denominator,
+        "criterion": options.criterion if method not in saliency.CAMS else None,
     }
     path = options.output / f"{network.name}-{method}.json"
     if path.exists():
@@ -203,18 +225,19 @@ def report_of(results: list[dict[str, Any]]) -> dict[str, Any]:
 
 def markdown(report: dict[str, Any]) -> str:
     """The table, with what it was measured on and how."""
+    names = [name for name in METRICS if name in report["rows"][0]]
     lines = [
-        "| method | network | " + " | ".join(METRICS.values()) + " | maps/s | metrics/s |",
-        "| --- | --- |" + " --- |" * (len(METRICS) + 2),
+        "| method | network | " + " | ".join(METRICS[name] for name in names) + " | maps/s | metrics/s |",
+        "| --- | --- |" + " --- |" * (len(names) + 2),
     ]
     for row in report["rows"]:
         if row["network"] == "difference":
             cells = [
                 f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]{'' if low <= 0 <= high else ' *'}"
-                for mean, low, high in (row[name] for name in METRICS)
+                for mean, low, high in (row[name] for name in names)
             ] + ["", ""]
         else:
-            cells = [f"{row[name]:.2f}" for name in METRICS] + [f"{row['maps/s']:.1f}", f"{row['metrics/s']:.1f}"]
+            cells = [f"{row[name]:.2f}" for name in names] + [f"{row['maps/s']:.1f}", f"{row['metrics/s']:.1f}"]
         lines.append(f"| {TITLES[row['method']]} | {row['network']} | " + " | ".join(cells) + " |")
     settings = report["settings"]
     accuracy = ", ".join(f"{name} {100 * value:.1f}%" for name, value in report["accuracy"].items())
@@ -262,18 +285,19 @@ def pictures(
         of_gradients[f"δ{suffix}"] = saliency.gradient(network.model, x, criterion=options.criterion)
         of_gradients[f"δᴳ (guided){suffix}"] = saliency.guided_gradient(network.model, x, criterion=options.criterion)
         of_gradients[f"SmoothGrad{suffix}"] = saliency.smooth_gradient(network.model, x, criterion=options.criterion)
-        for method in options.methods:
+        for method in (name for name in options.methods if name in saliency.CAMS):
             of_maps[f"{TITLES[method]}{suffix}"] = saliency.CAMS[method](network.model, x, layer)
         more, _ = next(task.batches(64))
         x = ((more - mean) / std).to(options.device)
-        maps = saliency.CAMS[options.methods[0]](network.model, x, layer)
+        maps = maps_of(options.methods[0], network.model, x, layer, None, options.criterion, {})
         inserted[network.name] = metrics.insertion_curve(network.model, x, maps, protocol=options.protocol)
         deleted[network.name] = metrics.deletion_curve(network.model, x, maps, protocol=options.protocol)
     title = f"Input gradients of the predicted class's {OBJECTS[options.criterion]}, {task.name}"
     plot.gradients(images, of_gradients, labels=names, title=title).savefig(options.output / "gradients.png", dpi=150)
     of_maps = {name: of_maps[name] for name in sorted(of_maps, key=_method)}  # networks side by side
     title = f"Class activation maps of the predicted class, {task.name}"
-    plot.cams(images, of_maps, labels=names, title=title).savefig(options.output / "cams.png", dpi=150)
+    if of_maps:
+        plot.cams(images, of_maps, labels=names, title=title).savefig(options.output / "cams.png", dpi=150)
     title = f"{TITLES[options.methods[0]]}, mean over {len(x)} images, protocol {options.protocol}"
     plot.curves(inserted, deleted, title=title).savefig(options.output / "curves.png", dpi=150)
 
@@ -282,24 +306,27 @@ def _method(column: str) -> int:
     return list(TITLES.values()).index(column.partition("\n")[0])
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("network", help="checkpoint, NAME:checkpoint, or the name of a torchvision or timm model")
-    parser.add_argument("--compare", metavar="NETWORK", help="a second one, on the same images")
-    parser.add_argument("--data", type=Path, help="folder of images (default: the digits on photographs)")
+def add_protocol(parser: argparse.ArgumentParser) -> None:
+    """What is explained, and how it is measured."""
     parser.add_argument("--limit", type=positive, help="at most this many images, taken evenly")
-    parser.add_argument("--methods", nargs="+", choices=TITLES, default=list(TITLES), help="(all five)")
-    parser.add_argument("--layer", help="dotted name (the last with an output (N, K, h, w))")
-    parser.add_argument("--size", type=positive, help="side of the images in pixels (what the network wants)")
+    parser.add_argument("--methods", nargs="+", choices=TITLES, default=list(TITLES), help="(all)")
     parser.add_argument("--target", choices=["predicted", "label"], default="predicted", help="(%(default)s)")
-    parser.add_argument(
-        "--criterion", choices=OBJECTS, default="log_prob", help="whose gradients are drawn (%(default)s)"
-    )
+    parser.add_argument("--criterion", choices=OBJECTS, default="log_prob", help="whose gradients (%(default)s)")
     parser.add_argument("--protocol", choices=list(metrics.PROTOCOLS), default="rise", help="(%(default)s)")
     parser.add_argument("--denominator", choices=["1-y", "y"], default="1-y", help="of AG (%(default)s)")
     parser.add_argument("--batch", type=positive, default=64, help="images read at once (%(default)s)")
     parser.add_argument("--chunk", type=positive, help="images in a forward pass (what each method prefers)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("network", help="checkpoint, NAME:checkpoint, or the name of a torchvision or timm model")
+    parser.add_argument("--compare", metavar="NETWORK", help="a second one, on the same images")
+    parser.add_argument("--data", type=Path, help="folder of images (default: the digits on photographs)")
+    parser.add_argument("--layer", help="dotted name (the last with an output (N, K, h, w))")
+    parser.add_argument("--size", type=positive, help="side of the images in pixels (what the network wants)")
+    add_protocol(parser)
     parser.add_argument("--output", type=Path, default=Path("evaluation"), help="folder (%(default)s)")
     parser.add_argument("--plot", action="store_true", help="gradients.png, cams.png and curves.png too")
     return parser.parse_args()

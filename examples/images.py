@@ -85,10 +85,10 @@ def _draw(scans: Tensor, backgrounds: Tensor, generator: torch.Generator) -> tup
     return backgrounds * (1 - ink) + colour * ink, ink
 
 
-def photographs(folder: Path, limit: int | None) -> Images:
+def photographs(folder: Path, limit: int | None, test: int | None = None) -> Images:
     """An ImageFolder with train/ and test/ (or val/), each with one folder per class, resized to 32x32.
 
-    `limit` bounds the training images, taken evenly from the classes.
+    `limit` bounds the training images, `test` the test images, both taken evenly from the classes.
     """
     splits = [folder / "train", folder / "test" if (folder / "test").is_dir() else folder / "val"]
     for split in splits:
@@ -103,9 +103,22 @@ def photographs(folder: Path, limit: int | None) -> Images:
         raise BadInputError(
             f"expected the same class folders in {splits[0]} and {splits[1]}, they differ in: {differing}."
         )
-    per_class = None if limit is None else max(1, limit // len(classes))
-    train, test = _read(splits[0], classes, per_class), _read(splits[1], classes, None)
-    return Images(folder.name, classes, train, test)
+    per_class = [None if count is None else max(1, count // len(classes)) for count in (limit, test)]
+    read = [_read(split, classes, count) for split, count in zip(splits, per_class, strict=True)]
+    return Images(folder.name, classes, *read)
+
+
+def cifar(name: str, folder: Path) -> Images:
+    """CIFAR-10 or CIFAR-100 ("cifar10", "cifar100"), downloaded into the folder if it is not there."""
+    from torchvision import datasets
+
+    dataset = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
+    train, test = (dataset(str(folder), train=part, download=True) for part in (True, False))
+    parts = [
+        (torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous() / 255, torch.tensor(part.targets))
+        for part in (train, test)
+    ]
+    return Images(name, list(train.classes), *parts)
 
 
 def _read(split: Path, classes: list[str], per_class: int | None) -> tuple[Tensor, Tensor]:

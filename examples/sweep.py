@@ -1,74 +1,104 @@
-"""The sweep behind the defaults of quickstart.py: lambda x criterion x low-pass, three seeds each.
+"""The sweep behind the recipe: every setting of interest, several seeds, what matters most first.
 
-    python examples/sweep.py --json sweep.json       # about half an hour on two cores
-    python examples/sweep.py --json sweep.json       # again: runs what is missing, prints the table
+    python examples/sweep.py --json benchmarks/results/sweep.json                  # digits on photographs
+    python examples/sweep.py --json benchmarks/results/sweep-cifar10.json --data DIR   # 10,000 images of a folder
+    python examples/sweep.py --json ... --groups object schedule                   # these alone
 
-One process per core, one thread each: the times are not comparable to anything and are left out.
+One process per core, one thread each. Interrupted and started again, it runs what is missing.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import itertools
 import json
 import os
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
+from typing import Any
 
 import torch
-from images import digits_on_photographs
-from quickstart import PLAIN, Setting, evaluate, table, train
+from figures import evaluate, randomized, smoothed
+from images import digits_on_photographs, photographs
+from quickstart import train
 from tqdm import tqdm
+from training import CRITERIA, PAPER, PLAIN, Setting
 
-SEEDS = (0, 1, 2)
-SETTINGS = [
-    PLAIN,
-    Setting(0.0075, "cross_entropy", low_pass=False, batch_norm="coupled"),  # the paper's
-    *(Setting(0.3, criterion, batch_norm="coupled") for criterion in ("logit", "log_prob")),
-    *(Setting(0.3, criterion) for criterion in ("cross_entropy", "logit", "log_prob")),
-    Setting(1.0, "log_prob"),
-]
+EPOCHS = 8
+WEIGHTS = (0.1, 0.3, 1.0, 0.03, 3.0, 0.0075)
+RECIPE = Setting()
+OBJECTS = [Setting(lam, criterion) for criterion in CRITERIA for lam in WEIGHTS[:3]]
+# name of a group -> its settings and seeds; a setting keeps the figures it has, whatever group they were made for
+GROUPS: dict[str, tuple[list[Setting], int]] = {
+    "object": ([PLAIN, RECIPE, PAPER, *OBJECTS], 3),
+    "schedule": (
+        [dataclasses.replace(RECIPE, every=every) for every in (2, 4, 8)]
+        + [dataclasses.replace(RECIPE, start=1 - share) for share in (1 / 2, 1 / 3, 1 / 5)],
+        3,
+    ),
+    "five seeds": ([PLAIN, RECIPE, PAPER, *OBJECTS], 5),
+    "weight": ([Setting(lam, criterion) for lam in WEIGHTS for criterion in CRITERIA], 3),
+    "coupled": ([Setting(lam, criterion, batch_norm="coupled") for lam in WEIGHTS for criterion in CRITERIA], 3),
+    "low-pass": ([dataclasses.replace(setting, low_pass=False) for setting in OBJECTS], 3),
+    "warm-up": ([dataclasses.replace(setting, warmup=0.0) for setting in OBJECTS], 3),
+    "all": (
+        [
+            Setting(lam, criterion, low_pass=low_pass, batch_norm=batch_norm, warmup=warmup)
+            for batch_norm, warmup, low_pass, criterion, lam in itertools.product(
+                ("frozen", "coupled"), (0.5, 0.0), (True, False), CRITERIA, WEIGHTS
+            )
+        ],
+        3,
+    ),
+}
 
 
-def measure(setting: Setting, seed: int) -> dict[str, float]:
-    """Figures of one trained network: of the logit's gradient the cosine, of the log-probability's the rest."""
+def measure(setting: Setting, seed: int, data: Path | None) -> dict[str, Any]:
+    """Both gradients' figures of one trained network; of the compared two, all there are."""
     torch.set_num_threads(1)
-    images = digits_on_photographs(6000, 1000)
-    (run,) = train(images, [setting], seed, epochs=8, quiet=True)
-    of_log_prob, of_logit = (evaluate(run, images, criterion) for criterion in ("log_prob", "logit"))
-    del of_log_prob["ms/step"]
-    return of_log_prob | {"cosine of the logit": of_logit["cosine"]}
+    images = digits_on_photographs(6000, 1000) if data is None else photographs(data, 10_000, 2_000)
+    (run,) = train(images, [setting], seed, EPOCHS)
+    figures: dict[str, Any] = {name: evaluate(run.model, images, name) for name in ("log_prob", "logit")}
+    if setting in (PLAIN, RECIPE):
+        figures |= {"smoothed": smoothed(run.model, images), "randomized": randomized(run.model, images)}
+    return figures
 
 
-def title(setting: Setting) -> str:
-    if not setting.lam:
-        return "without"
-    return f"{setting.batch_norm}, {setting.criterion}, λ = {setting.lam:g}" + (
-        ", low-pass" if setting.low_pass else ""
-    )
-
-
-def missing(results: dict[str, dict[str, dict[str, float]]]) -> Iterator[tuple[Setting, int]]:
-    for seed in SEEDS:
-        for setting in SETTINGS:
-            if str(seed) not in results.get(title(setting), {}):
+def missing(groups: list[str], results: dict[str, Any]) -> Iterator[tuple[Setting, int]]:
+    """What is to be run, seed by seed within a group."""
+    queued = set()
+    for settings, seeds in (GROUPS[name] for name in groups):
+        for seed, setting in itertools.product(range(seeds), settings):
+            if str(seed) not in results.get(str(setting), {}) and (setting, seed) not in queued:
+                queued.add((setting, seed))
                 yield setting, seed
 
 
+def store(path: Path, results: dict[str, Any]) -> None:
+    """All or nothing, whenever it is interrupted."""
+    partial = path.with_suffix(".partial")
+    text = json.dumps({"torch": torch.__version__, "epochs": EPOCHS, "results": results}, ensure_ascii=False)
+    partial.write_text(text.replace('}, "', '},\n"') + "\n")
+    partial.replace(path)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description="The sweep behind the defaults of quickstart.py.")
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", type=Path, required=True, help="results, added to after every network")
+    parser.add_argument("--data", type=Path, help="folder with train/ and test/ (default: digits on photographs)")
+    parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS), help="(all, in this order)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (%(default)s)")
     options = parser.parse_args()
     results = json.loads(options.json.read_text())["results"] if options.json.exists() else {}
-    todo = list(missing(results))
-    with ProcessPoolExecutor(os.cpu_count()) as pool:
-        pending = [(setting, seed, pool.submit(measure, setting, seed)) for setting, seed in todo]
-        for setting, seed, future in tqdm(pending, desc="networks"):
-            results.setdefault(title(setting), {})[str(seed)] = future.result()
-            stored = {"torch": torch.__version__, "settings": [asdict(each) for each in SETTINGS], "results": results}
-            options.json.write_text(json.dumps(stored, indent=1, ensure_ascii=False) + "\n")
-    print(table({name: list(seeds.values()) for name, seeds in results.items()}))
+    todo = list(missing(options.groups, results))
+    with ProcessPoolExecutor(options.jobs) as pool:
+        pending = {pool.submit(measure, setting, seed, options.data): (setting, seed) for setting, seed in todo}
+        for future in tqdm(as_completed(pending), total=len(pending), desc="networks"):
+            setting, seed = pending[future]
+            results.setdefault(str(setting), {})[str(seed)] = future.result()
+            store(options.json, results)
 
 
 if __name__ == "__main__":

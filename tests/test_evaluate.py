@@ -17,11 +17,10 @@ pytest.importorskip("matplotlib")
 from PIL import Image  # noqa: E402
 
 sys.path.insert(0, str(ROOT / "examples"))
+import classifiers  # noqa: E402
 import evaluate  # noqa: E402
-import networks  # noqa: E402
-import quickstart  # noqa: E402
 
-from interpgrad import metrics, saliency  # noqa: E402
+from interpgrad import metrics  # noqa: E402
 
 
 @pytest.fixture
@@ -42,9 +41,9 @@ def checkpoints(tmp_path):
     """Two small networks, untrained but for their statistics."""
     for seed, name in enumerate(("without", "with")):
         torch.manual_seed(seed)
-        model = quickstart.small_resnet(10)
+        model = classifiers.small_resnet(10)
         model.train()(torch.rand(32, 3, 32, 32))
-        networks.save(model, [str(digit) for digit in range(10)], tmp_path / f"{name}.pt")
+        classifiers.save(model, [str(digit) for digit in range(10)], tmp_path / f"{name}.pt")
     return tmp_path / "without.pt", tmp_path / "with.pt"
 
 
@@ -66,13 +65,14 @@ QUICK = ("--limit", 6, "--methods", "grad_cam", "axiom_cam", "--protocol", "ca_s
 def test_table_of_one_network(run, checkpoints):
     """Every figure is what the library says of the same images."""
     text = run(checkpoints[0], "--limit", 5, "--plot")
-    network = networks.load(str(checkpoints[0]), 10)
+    network = classifiers.load(str(checkpoints[0]), 10)
     task = evaluate.read_task(None, 32, 5)
     ((x, y),) = task.batches(64)
     rows = list(csv.DictReader(Path("evaluation/table.csv").read_text().splitlines()))
-    assert [row["method"] for row in rows] == list(saliency.CAMS)
+    assert [row["method"] for row in rows] == list(evaluate.TITLES)
     for row in rows:
-        maps = saliency.CAMS[row["method"]](network.model, x, "6")
+        maps = evaluate.maps_of(row["method"], network.model, x, "6", None, "log_prob", {})
+        assert float(row["size"]) == pytest.approx(100 * float(maps.mean()), abs=1e-4)
         for name, values in metrics.faithfulness(network.model, x, maps).items():
             assert float(row[name]) == pytest.approx(100 * float(values.mean()), abs=1e-4)
     accuracy = 100 * float((network.model(x).argmax(1) == y).float().mean())
@@ -99,7 +99,7 @@ def test_comparison_of_two(run, checkpoints):
 
 def test_a_network_does_not_differ_from_itself(run, checkpoints):
     text = run(checkpoints[0], "--compare", checkpoints[0], *QUICK)
-    assert text.count("+0.00 [+0.00, +0.00]") == 10
+    assert text.count("+0.00 [+0.00, +0.00]") == 2 * len(evaluate.METRICS)
     assert "*" not in text.replace("* where", "")
 
 
@@ -147,8 +147,8 @@ def test_folder_and_weights_of_a_torchvision_model(run, folder, tmp_path):
     text = run("resnet18:m.pt", "--data", folder, "--size", 64, "--methods", "grad_cam", "--protocol", "ca_stream")
     assert "6 images of 64x64" in text
     assert "layer layer4" in text
-    network = networks.load("resnet18:m.pt", 2, 64)
-    assert network.mean == networks.IMAGENET[0]
+    network = classifiers.load("resnet18:m.pt", 2, 64)
+    assert network.mean == classifiers.IMAGENET[0]
     x = torch.rand(2, 3, 64, 64)
     assert torch.equal(network.model(x), model.eval()(x))
 

@@ -1,5 +1,6 @@
 """The main job: its images, its figures, its complaints."""
 
+import functools
 import json
 import subprocess
 import sys
@@ -16,8 +17,10 @@ pytest.importorskip("torchvision")
 from PIL import Image  # noqa: E402
 
 sys.path.insert(0, str(ROOT / "examples"))
+import classifiers  # noqa: E402
+import figures  # noqa: E402
 import images  # noqa: E402
-import quickstart  # noqa: E402
+import training  # noqa: E402
 
 
 def run(*arguments, cwd):
@@ -66,21 +69,72 @@ def test_figures_of_a_known_gradient(monkeypatch):
     task = images.Images(
         "known", ["a", "b"], (delta, delta), (torch.zeros(2, 3, 32, 32), torch.tensor([0, 1])), evidence
     )
-    monkeypatch.setattr(quickstart, "gradients", lambda *_: (delta, 2 * delta))
+    monkeypatch.setattr(figures, "gradients", lambda *_: (delta, 2 * delta))
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 2))
     torch.nn.init.zeros_(model[1].weight)
     model[1].bias.data = torch.tensor([1.0, 0.0])
-    figures = quickstart.evaluate(
-        quickstart.Run(quickstart.PLAIN, model, None, None, None, [1.0, 9.0, 2.0]), task, "logit"
-    )
-    assert figures["accuracy"] == 0.5
-    assert figures["cosine"] == pytest.approx(1)
-    assert figures["classes"] == pytest.approx(1)
-    assert figures["on digit"] == pytest.approx((3 / 4 + 1 / 1024) / 2)
-    assert figures["pointing"] == 0.5  # the flat map points at its first pixel, beside the evidence
+    found = figures.evaluate(model, task, "logit")
+    assert found["accuracy"] == 0.5
+    assert found["cosine"] == pytest.approx(1)
+    assert found["classes"] == pytest.approx(1)
+    assert found["on digit"] == pytest.approx((3 / 4 + 1 / 1024) / 2)
+    assert found["pointing"] == 0.5  # the flat map points at its first pixel, beside the evidence
+    # Under a 5x5 mean the first image has a plateau around its pixel, whose first lies two rows and columns before it.
+    assert found["pointing, mean"] == 0
     border = 1 - (4 * 30 * (1 - (6 / 9) ** 2) + 4 * (1 - (4 / 9) ** 2)) / 1024
-    assert figures["smooth"] == pytest.approx((1 / 3 + border**0.5) / 2)
-    assert figures["ms/step"] == 2.0
+    assert found["smooth"] == pytest.approx((1 / 3 + border**0.5) / 2)
+
+
+def test_worth_in_samples_of_smoothgrad():
+    """The numbers of samples at the measured points, their geometric mean halfway, and both ends."""
+    measured = [0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.97]
+    for samples, value in zip((0, *figures.SAMPLES), measured, strict=True):
+        assert figures.worth(measured, value) == pytest.approx(samples)
+    assert figures.worth(measured, 0.75) == pytest.approx(8**0.5)
+    assert figures.worth(measured, 0.4) == 0
+    assert figures.worth(measured, 0.98) == float("inf")
+
+
+def test_a_random_network_is_told_from_a_trained_one():
+    """Redrawn weights change delta, those of the last layer alone less than all; the network stays as it was."""
+    torch.manual_seed(0)
+    model = classifiers.small_resnet(10)
+    task = images.digits_on_photographs(64, 30)
+    model.train()(task.train[0])
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    found = figures.randomized(model, task)
+    assert abs(found["cosine, all layers"]) < abs(found["ranks, last layer"]) <= 1
+    assert found["ranks, all layers"] < found["ranks, last layer"]
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_smoothgrad_of_no_noise_is_the_gradient(monkeypatch):
+    monkeypatch.setattr(figures.saliency, "smooth_gradient", lambda model, x, y, samples, **options: plain(model, x, y))
+    plain = functools.partial(figures.saliency.gradient, criterion="log_prob")
+    torch.manual_seed(0)
+    model = classifiers.small_resnet(10)
+    task = images.digits_on_photographs(64, 20)
+    model.train()(task.train[0])
+    found = figures.smoothed(model, task)
+    assert found["own"] == pytest.approx([1.0] * len(figures.SAMPLES))
+    assert found["insertion"] == pytest.approx([found["insertion"][0]] * (1 + len(figures.SAMPLES)))
+    assert found["pointing"] == [found["pointing"][0]] * (1 + len(figures.SAMPLES))
+
+
+def test_augmentation_is_a_crop_mirrored_or_not():
+    """Each result is one of the 2 x 81 images that cropping and mirroring give; rotation by 0 degrees is none."""
+    x = torch.rand(20, 3, 8, 8)
+    padded = torch.nn.functional.pad(x, (4,) * 4)
+    crops = [padded[:, :, top : top + 8, left : left + 8] for top in range(9) for left in range(9)]
+    possible = torch.stack(crops + [crop.flip(3) for crop in crops], 1)
+    result = training.augment(x, torch.Generator().manual_seed(0))
+    assert (possible == result[:, None]).flatten(2).all(2).any(1).all()
+    assert len({tuple(row.tolist()) for row in (possible == result[:, None]).flatten(2).all(2)}) > 10
+    turned = training._rotated(x, torch.tensor([0.0] * 19 + [torch.pi / 2]))
+    assert torch.allclose(turned[:19], x[:19], atol=1e-5)
+    assert torch.allclose(turned[19], x[19].rot90(1, (1, 2)), atol=1e-5) or torch.allclose(
+        turned[19], x[19].rot90(-1, (1, 2)), atol=1e-5
+    )
 
 
 def test_a_tiny_run_on_digits(tmp_path):

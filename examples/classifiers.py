@@ -1,4 +1,4 @@
-"""Networks to evaluate: what quickstart.py saved, or any classifier of torchvision and timm."""
+"""The small network of quickstart.py, and networks to evaluate: what it saved, or any of torchvision and timm."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from images import SIZE, BadInputError
 from torch import Tensor, nn
 
+UNCHANGED = (0.0,) * 3, (1.0,) * 3  # images in [0, 1]
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -25,6 +27,43 @@ class Network:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     fingerprint: str  # of the weights
+
+
+class Block(nn.Module):
+    """A residual block. It halves the resolution by averaging: a strided convolution would leave the
+    checkerboard of its stride in every input gradient, standard and guided alike.
+    """
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.pool = nn.AvgPool2d(2)
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(outputs)
+        self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, bias=False), nn.BatchNorm2d(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.pool(x)
+        h = F.relu(self.norm1(self.conv1(x)))
+        return F.relu(self.norm2(self.conv2(h)) + self.shortcut(x))
+
+
+def small_resnet(classes: int, width: float = 16) -> nn.Sequential:
+    """Three blocks for images of 32x32 pixels in [0, 1]."""
+    width = round(width)
+    return nn.Sequential(
+        nn.BatchNorm2d(3, affine=False),  # standardizes the colours, so that images stay in [0, 1] outside
+        nn.Conv2d(3, width, 3, padding=1, bias=False),
+        nn.BatchNorm2d(width),
+        nn.ReLU(),
+        Block(width, width),
+        Block(width, 2 * width),
+        Block(2 * width, 4 * width),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(4 * width, classes),
+    )
 
 
 def save(model: nn.Module, classes: list[str], path: Path) -> None:
@@ -47,18 +86,16 @@ def load(spec: str, classes: int, size: int | None = None) -> Network:
                 f"expected {spec} to be saved by quickstart.py --save, but it names no architecture: "
                 f"give it as NAME:{spec} with the name of a torchvision or timm model."
             )
-        from quickstart import small_resnet
-
         model, name = small_resnet(len(checkpoint["classes"])), Path(spec).stem
         _fill(model, checkpoint["state_dict"], spec)
-        return _network(name, model, size or SIZE, ((0.0,) * 3, (1.0,) * 3))
+        return network_of(name, model, size or SIZE)
     name, _, path = spec.partition(":")
     if path and not Path(path).is_file():
         raise BadInputError(f"expected a checkpoint at {path}, found no file.")
     model, side, normalization = _published(name, classes if path else None)
     if path:
         _fill(model, _read(Path(path)), path)
-    return _network(Path(path).stem if path else name, model, size or side, normalization)
+    return network_of(Path(path).stem if path else name, model, size or side, normalization)
 
 
 def last_layer(network: Network, images: Tensor) -> str:
@@ -88,7 +125,13 @@ def last_layer(network: Network, images: Tensor) -> str:
     return once[-1]
 
 
-def _network(name: str, model: nn.Module, size: int, normalization: tuple[tuple[float, ...], ...]) -> Network:
+def network_of(
+    name: str,
+    model: nn.Module,
+    size: int = SIZE,
+    normalization: tuple[tuple[float, ...], ...] = ((0.0,) * 3, (1.0,) * 3),
+) -> Network:
+    """The model with what evaluate.py asks of it, in evaluation mode."""
     digest = hashlib.sha256()
     for key, value in model.state_dict().items():
         digest.update(key.encode() + value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())

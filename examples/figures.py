@@ -1,0 +1,196 @@
+"""What can be said of a network's input gradients, as numbers. In evaluation mode, on held-out images."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import statistics
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from images import Images
+from torch import Tensor, nn
+
+from interpgrad import input_gradients, low_pass, metrics, saliency
+
+OBJECTS = {"log_prob": "log-probability", "logit": "logit", "cross_entropy": "cross-entropy"}
+HEADINGS = {
+    "accuracy": "accuracy",
+    "cosine": "cos(δ, δᴳ)",
+    "smooth": "smooth: ‖mean₃ₓ₃ δ‖/‖δ‖",
+    "on digit": "δ on digit",
+    "pointing": "pointing game",
+    "pointing, mean": "after a 5×5 mean",
+    "classes": "cos(δ₁, δ₂)",
+    "ms/step": "ms per step",
+}
+SAMPLES = (1, 2, 4, 8, 16, 32)  # of SmoothGrad
+
+
+def gradients(model: nn.Module, x: Tensor, y: Tensor, criterion: str) -> tuple[Tensor, Tensor]:
+    """Both input gradients, each image's of unit norm: a sure network's are small, and all we ask is where."""
+    pairs = [input_gradients(model, a, b, criterion=criterion) for a, b in zip(x.split(250), y.split(250), strict=True)]
+    return tuple(_unit(torch.cat(parts)) for parts in zip(*pairs, strict=True))  # type: ignore[return-value]
+
+
+def evaluate(model: nn.Module, images: Images, criterion: str = "log_prob") -> dict[str, float]:
+    """Accuracy, and of the input gradients of the test images; means over the images.
+
+    "cosine" of delta and the guided gradient; "smooth", the share of delta's norm that survives a 3x3 mean; "on digit",
+    the share of |delta| on the evidence; "pointing", how often the largest |delta| is there, and "pointing, mean",
+    the same after a 5x5 mean; "classes", the cosine of the logits' gradients of the two most probable classes.
+    """
+    model.eval()
+    x, y = images.test
+    delta, guided = gradients(model, x, y, criterion)
+    with torch.no_grad():
+        logits = torch.cat([model(part) for part in x.split(250)])
+    found = {
+        "accuracy": (logits.argmax(1) == y).double(),
+        "cosine": F.cosine_similarity(delta.flatten(1), guided.flatten(1)),
+        "smooth": low_pass(delta).flatten(1).norm(dim=1),
+    }
+    if images.evidence is not None:
+        saliency_of_pixels = delta.abs().sum(1).flatten(1)
+        evidence = images.evidence.flatten(1)
+        total = saliency_of_pixels.sum(1).clamp(min=1e-300)
+        found["on digit"] = (saliency_of_pixels * evidence).sum(1) / total
+        found["pointing"] = _pointing(delta.abs().sum(1), images.evidence)
+        found["pointing, mean"] = _pointing(_mean(delta.abs().sum(1)), images.evidence)
+    of_classes = [gradients(model, x, each, "logit")[0].flatten(1) for each in logits.topk(2).indices.unbind(1)]
+    found["classes"] = F.cosine_similarity(*of_classes)
+    return {name: float(value.mean()) for name, value in found.items()}
+
+
+def smoothed(model: nn.Module, images: Images, criterion: str = "log_prob") -> dict[str, Any]:
+    """What averaging over noisy copies of the images adds, for so many copies as `SAMPLES`.
+
+    "own" is the cosine of delta and its SmoothGrad. "insertion" is the mean area under the class's probability while
+    pixels are inserted in the order of |delta|, then of |SmoothGrad|, divided by the mean probability on the whole
+    image, so that networks of different confidence can be compared; "pointing" likewise, where the evidence is known.
+    """
+    model.eval()
+    x, y = images.test
+    delta = saliency.gradient(model, x, y, criterion=criterion, chunk_size=250)
+    with torch.no_grad():
+        confidence = model(x).double().softmax(1).gather(1, y[:, None]).squeeze(1)
+    found: dict[str, Any] = {"own": [], "insertion": []} | ({} if images.evidence is None else {"pointing": []})
+    for samples in (0, *SAMPLES):
+        mean = delta
+        if samples:
+            mean = saliency.smooth_gradient(
+                model, x, y, samples=samples, criterion=criterion, chunk_size=250, generator=_seeded(samples)
+            )
+            found["own"].append(float(F.cosine_similarity(_unit(mean).flatten(1), _unit(delta).flatten(1)).mean()))
+        maps = mean.abs().sum(1)
+        area = metrics.insertion(model, x, scaled(maps), y, chunk_size=500)
+        found["insertion"].append(float(area.mean() / confidence.mean()))
+        if images.evidence is not None:
+            found["pointing"].append(float(_pointing(maps, images.evidence).mean()))
+    return found
+
+
+def worth(samples: list[float], value: float) -> float:
+    """How many SmoothGrad samples reach the value: between measured points linearly in their logarithm.
+
+    `samples` is the figure at 0 samples (the gradient itself) and at `SAMPLES`. 0 where not even the gradient is
+    needed, infinite where no measured number reaches it.
+    """
+    if value <= samples[0]:
+        return 0.0
+    pairs = list(zip(SAMPLES, samples[1:], strict=True))
+    if value <= pairs[0][1]:
+        return 1.0
+    for (few, low), (many, high) in itertools.pairwise(pairs):
+        if low < value <= high:
+            return float(few * (many / few) ** ((value - low) / (high - low)))
+    return float("inf")
+
+
+def randomized(model: nn.Module, images: Images, criterion: str = "log_prob", draws: int = 3) -> dict[str, float]:
+    """The cosine, and the rank correlation of |.|, of delta with that of a network with random weights.
+
+    Of the last layer, or of all; means over the images and the draws. After Adebayo et al., "Sanity Checks for Saliency
+    Maps", arXiv 1810.03292: an explanation that does not change explains the images, not the network.
+    """
+    model.eval()
+    x, y = images.test
+    delta, _ = gradients(model, x, y, criterion)
+    found: dict[str, list[float]] = {}
+    layers = [module for module in model.modules() if hasattr(module, "reset_parameters")]
+    for name, chosen in {"last layer": layers[-1:], "all layers": layers}.items():
+        for draw in range(draws):
+            other = copy.deepcopy(model)
+            of_other = [module for module in other.modules() if hasattr(module, "reset_parameters")]
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(1000 + draw)
+                for module in of_other[len(layers) - len(chosen) :]:
+                    # Not the running statistics: without them the activations of an untrained network die out.
+                    _redraw(module)
+            changed, _ = gradients(other, x, y, criterion)
+            cosine = F.cosine_similarity(delta.flatten(1), changed.flatten(1)).mean()
+            ranks = [_ranks(each.abs().sum(1)) for each in (delta, changed)]
+            found.setdefault(f"cosine, {name}", []).append(float(cosine))
+            found.setdefault(f"ranks, {name}", []).append(float(F.cosine_similarity(*ranks).mean()))
+    return {name: statistics.fmean(values) for name, values in found.items()}
+
+
+def table(rows: dict[str, list[dict[str, float]]], paired: str | None = None) -> str:
+    """A Markdown table: mean ± standard deviation over the seeds.
+
+    With `paired`, the title of a row, the others are followed by their mean differences to it, seed by seed.
+    """
+    names = list(next(iter(rows.values()))[0])
+    lines = ["| | " + " | ".join(HEADINGS[name] for name in names) + " |", "| --- |" + " --- |" * len(names)]
+    for title, seeds in rows.items():
+        lines.append(f"| {title} | " + " | ".join(_cell(name, [each[name] for each in seeds]) for name in names) + " |")
+        if paired and title != paired:
+            pairs = list(zip(rows[paired], seeds, strict=False))
+            cells = [_cell(name, [after[name] - before[name] for before, after in pairs], "+") for name in names]
+            lines.append("| *paired difference* | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _cell(name: str, values: list[float], sign: str = "") -> str:
+    if name == "ms/step":
+        return f"{statistics.fmean(values):{sign}.1f}"
+    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):{sign}.3f}{spread}"
+
+
+def _unit(gradient: Tensor) -> Tensor:
+    return F.normalize(gradient.double().flatten(1), eps=1e-300).view_as(gradient)
+
+
+def _mean(maps: Tensor) -> Tensor:
+    """The 5x5 mean of maps (N, h, w)."""
+    return F.avg_pool2d(maps[:, None], 5, stride=1, padding=2)[:, 0]
+
+
+def _pointing(maps: Tensor, evidence: Tensor) -> Tensor:
+    """1 where the largest value of a map (N, h, w) lies on the evidence, else 0."""
+    return evidence.flatten(1).gather(1, maps.flatten(1).argmax(1, keepdim=True)).squeeze(1).double()
+
+
+def scaled(maps: Tensor) -> Tensor:
+    """Maps (N, h, w) of magnitudes, each divided by its largest."""
+    return maps / maps.flatten(1).amax(1).clamp(min=torch.finfo(maps.dtype).tiny)[:, None, None]
+
+
+def _ranks(maps: Tensor) -> Tensor:
+    """Centred ranks of the pixels, whose cosine is Spearman's correlation."""
+    ranks = maps.flatten(1).argsort(1).argsort(1).double()
+    return ranks - ranks.mean(1, keepdim=True)
+
+
+def _redraw(module: nn.Module) -> None:
+    for parameter in module.parameters(recurse=False):
+        if parameter.dim() > 1:
+            nn.init.kaiming_normal_(parameter)
+        elif not isinstance(module, nn.modules.batchnorm._BatchNorm):
+            nn.init.zeros_(parameter)
+
+
+def _seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)

@@ -1,0 +1,74 @@
+"""Measure finished runs: input gradients, and the faithfulness of saliency and class activation maps.
+
+    python examples/paper/measure.py runs/without-0 runs/with-0 --data DIR --limit 1000
+
+Writes figures.json and one JSON file for each method into the folder of each run; started again, does what is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import TensorDataset
+
+sys.path.append(str(Path(__file__).parent.parent))
+from classifiers import Network, last_layer, network_of
+from evaluate import TITLES, Task, add_protocol, evaluate_once
+from figures import OBJECTS, evaluate, randomized, smoothed
+from images import BadInputError, Images
+from networks import build
+from train import read
+
+
+def load(folder: Path, images: Images) -> Network:
+    """The network of a finished run."""
+    if not (folder / "run.json").exists():
+        raise BadInputError(f"expected a finished run in {folder}, found no run.json: train.py --output {folder}.")
+    record = json.loads((folder / "run.json").read_text())["network"]
+    model = build(record["name"], len(record["classes"]), record["width"], images.train[0])
+    stored = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
+    model.load_state_dict(stored["run"]["model"])
+    return network_of(folder.name, model)
+
+
+def gradients_of(network: Network, images: Images, few: Images) -> dict[str, Any]:
+    """Figures of both gradients on all test images; of their smoothed and randomized kin on a few."""
+    found: dict[str, Any] = {name: evaluate(network.model, images, name) for name in OBJECTS if name != "cross_entropy"}
+    return found | {"smoothed": smoothed(network.model, few), "randomized": randomized(network.model, few)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("runs", nargs="+", type=Path, help="folders of train.py")
+    parser.add_argument("--data", default="cifar100", help="cifar10, cifar100 or a folder (%(default)s)")
+    add_protocol(parser)
+    options = parser.parse_args()
+    try:
+        images = read(options.data, 100)
+        networks = [load(folder, images) for folder in options.runs]
+    except BadInputError as reason:
+        print(f"measure: {reason}", file=sys.stderr)
+        sys.exit(2)
+    x, y = images.test
+    chosen = torch.linspace(0, len(x) - 1, min(options.limit or len(x), len(x))).long()
+    few = Images(images.name, images.classes, images.train, (x[chosen], y[chosen]))
+    task = Task(images.name, TensorDataset(*few.test), images.classes)
+    for network, folder in zip(networks, options.runs, strict=True):
+        options.output = folder
+        figures = folder / "figures.json"
+        if not figures.exists():
+            figures.write_text(json.dumps(gradients_of(network, images, few), indent=1) + "\n")
+        network.model.to(options.device)
+        layer = last_layer(network, few.test[0][:2].to(options.device))
+        for method in TITLES:
+            evaluate_once(network, task, layer, method, options)
+        print(f"measured {folder}")
+
+
+if __name__ == "__main__":
+    main()
