@@ -42,11 +42,12 @@ class Block(nn.Module):
         self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
         self.norm2 = nn.BatchNorm2d(outputs)
         self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, bias=False), nn.BatchNorm2d(outputs))
+        self.rectify = F.relu
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.pool(x)
-        h = F.relu(self.norm1(self.conv1(x)))
-        return F.relu(self.norm2(self.conv2(h)) + self.shortcut(x))
+        h = self.rectify(self.norm1(self.conv1(x)))
+        return self.rectify(self.norm2(self.conv2(h)) + self.shortcut(x))
 
 
 def small_resnet(classes: int, width: float = 16) -> nn.Sequential:

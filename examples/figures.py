@@ -63,8 +63,10 @@ def evaluate(model: nn.Module, images: Images, criterion: str = "log_prob") -> d
     return {name: float(value.mean()) for name, value in found.items()}
 
 
-def smoothed(model: nn.Module, images: Images, criterion: str = "log_prob") -> dict[str, Any]:
-    """What averaging over noisy copies of the images adds, for so many copies as `SAMPLES`.
+def smoothed(
+    model: nn.Module, images: Images, criterion: str = "log_prob", samples: tuple[int, ...] = SAMPLES
+) -> dict[str, Any]:
+    """What averaging over noisy copies of the images adds, for these numbers of copies.
 
     "own" is the cosine of delta and its SmoothGrad. "insertion" is the mean area under the class's probability while
     pixels are inserted in the order of |delta|, then of |SmoothGrad|, divided by the mean probability on the whole
@@ -76,11 +78,11 @@ def smoothed(model: nn.Module, images: Images, criterion: str = "log_prob") -> d
     with torch.no_grad():
         confidence = model(x).double().softmax(1).gather(1, y[:, None]).squeeze(1)
     found: dict[str, Any] = {"own": [], "insertion": []} | ({} if images.evidence is None else {"pointing": []})
-    for samples in (0, *SAMPLES):
+    for count in (0, *samples):
         mean = delta
-        if samples:
+        if count:
             mean = saliency.smooth_gradient(
-                model, x, y, samples=samples, criterion=criterion, chunk_size=250, generator=_seeded(samples)
+                model, x, y, samples=count, criterion=criterion, chunk_size=250, generator=_seeded(count)
             )
             found["own"].append(float(F.cosine_similarity(_unit(mean).flatten(1), _unit(delta).flatten(1)).mean()))
         maps = mean.abs().sum(1)

@@ -1,8 +1,7 @@
 """The sweep behind the recipe: every setting of interest, several seeds, what matters most first.
 
-    python examples/sweep.py --json benchmarks/results/sweep.json                  # digits on photographs
-    python examples/sweep.py --json benchmarks/results/sweep-cifar10.json --data DIR   # 10,000 images of a folder
-    python examples/sweep.py --json ... --groups object schedule                   # these alone
+    python examples/sweep.py --json benchmarks/results/sweep.json
+    python examples/sweep.py --json benchmarks/results/sweep.json --groups object schedule     # these alone
 
 One process per core, one thread each. Interrupted and started again, it runs what is missing.
 """
@@ -12,18 +11,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
-import json
-import os
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-import torch
 from figures import evaluate, randomized, smoothed
-from images import digits_on_photographs, photographs
+from images import digits_on_photographs
+from jobs import run_missing
 from quickstart import train
-from tqdm import tqdm
 from training import CRITERIA, PAPER, PLAIN, Setting
 
 EPOCHS = 8
@@ -55,10 +49,9 @@ GROUPS: dict[str, tuple[list[Setting], int]] = {
 }
 
 
-def measure(setting: Setting, seed: int, data: Path | None) -> dict[str, Any]:
+def measure(setting: Setting, seed: int) -> dict[str, Any]:
     """Both gradients' figures of one trained network; of the compared two, all there are."""
-    torch.set_num_threads(1)
-    images = digits_on_photographs(6000, 1000) if data is None else photographs(data, 10_000, 2_000)
+    images = digits_on_photographs(6000, 1000)
     (run,) = train(images, [setting], seed, EPOCHS)
     figures: dict[str, Any] = {name: evaluate(run.model, images, name) for name in ("log_prob", "logit")}
     if setting in (PLAIN, RECIPE):
@@ -66,39 +59,18 @@ def measure(setting: Setting, seed: int, data: Path | None) -> dict[str, Any]:
     return figures
 
 
-def missing(groups: list[str], results: dict[str, Any]) -> Iterator[tuple[Setting, int]]:
-    """What is to be run, seed by seed within a group."""
-    queued = set()
-    for settings, seeds in (GROUPS[name] for name in groups):
-        for seed, setting in itertools.product(range(seeds), settings):
-            if str(seed) not in results.get(str(setting), {}) and (setting, seed) not in queued:
-                queued.add((setting, seed))
-                yield setting, seed
-
-
-def store(path: Path, results: dict[str, Any]) -> None:
-    """All or nothing, whenever it is interrupted."""
-    partial = path.with_suffix(".partial")
-    text = json.dumps({"torch": torch.__version__, "epochs": EPOCHS, "results": results}, ensure_ascii=False)
-    partial.write_text(text.replace('}, "', '},\n"') + "\n")
-    partial.replace(path)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", type=Path, required=True, help="results, added to after every network")
-    parser.add_argument("--data", type=Path, help="folder with train/ and test/ (default: digits on photographs)")
     parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS), help="(all, in this order)")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (%(default)s)")
+    parser.add_argument("--jobs", type=int, help="processes (one per core)")
     options = parser.parse_args()
-    results = json.loads(options.json.read_text())["results"] if options.json.exists() else {}
-    todo = list(missing(options.groups, results))
-    with ProcessPoolExecutor(options.jobs) as pool:
-        pending = {pool.submit(measure, setting, seed, options.data): (setting, seed) for setting, seed in todo}
-        for future in tqdm(as_completed(pending), total=len(pending), desc="networks"):
-            setting, seed = pending[future]
-            results.setdefault(str(setting), {})[str(seed)] = future.result()
-            store(options.json, results)
+    todo = [
+        (str(setting), seed, (setting,))
+        for settings, seeds in (GROUPS[name] for name in options.groups)
+        for seed, setting in itertools.product(range(seeds), settings)
+    ]
+    run_missing(options.json, todo, measure, options.jobs, {"epochs": EPOCHS})
 
 
 if __name__ == "__main__":

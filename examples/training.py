@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from interpgrad import InterpretableGradientLoss, low_pass
+from interpgrad.errors import cos
 
 
 def differentiated_log_prob(logits: Tensor, y: Tensor) -> Tensor:
@@ -33,9 +34,17 @@ CRITERIA: dict[str, str | Callable[[Tensor, Tensor], Tensor]] = {
     "cross_entropy": "cross_entropy",
     "differentiated log_prob": differentiated_log_prob,
 }
+
+
+def own_mean(delta: Tensor, guided: Tensor) -> Tensor:  # noqa: ARG001
+    """The cosine distance of delta to its own 3x3 mean: smoothness for its own sake."""
+    return cos(delta, low_pass(delta.detach()))
+
+
 ERRORS: dict[str, str | Callable[[Tensor, Tensor], Tensor]] = {
     **{name: name for name in ("cos", "mae", "mse", "hi")},
     "original cos": original_cosine,
+    "own mean": own_mean,
 }
 
 
@@ -155,17 +164,20 @@ class Run:
         )
         self.scaler = torch.amp.GradScaler(enabled=self.amp == torch.float16)
 
+    def objective(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """What is minimized on images x (N, 3, H, W) of classes y (N,), and the logits."""
+        if not self.setting.lam or self.done < self.first:
+            logits = self.model(x)
+            return F.cross_entropy(logits, y), logits
+        with self.regularizer.shared_forward():
+            logits = self.model(x)
+        return F.cross_entropy(logits, y) + self.regularizer(x, y), logits
+
     def step(self, x: Tensor, y: Tensor) -> Tensor:
-        """One step on images x (N, 3, H, W) of classes y (N,); the logits."""
+        """One step of the training; the logits (N, K)."""
         start = time.perf_counter()
         with torch.autocast(x.device.type, dtype=self.amp, enabled=self.amp is not None):
-            if self.setting.lam and self.done >= self.first:
-                with self.regularizer.shared_forward():
-                    logits = self.model(x)
-                loss = F.cross_entropy(logits, y) + self.regularizer(x, y)
-            else:
-                logits = self.model(x)
-                loss = F.cross_entropy(logits, y)
+            loss, logits = self.objective(x, y)
         self.optimizer.zero_grad()
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
@@ -194,8 +206,15 @@ def sgd(model: nn.Module, lr: float) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
 
 
-def one_cycle(setting: Setting, model: nn.Module, steps: int, lr: float = 0.1, amp: torch.dtype | None = None) -> Run:
+def one_cycle(
+    setting: Setting,
+    model: nn.Module,
+    steps: int,
+    lr: float = 0.1,
+    amp: torch.dtype | None = None,
+    kind: type[Run] = Run,
+) -> Run:
     """A run of so many steps, whose learning rate rises to `lr` and falls to 0."""
     optimizer = sgd(model, lr)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=lr, total_steps=steps)
-    return Run(setting, model, steps, optimizer, schedule, amp)
+    return kind(setting, model, steps, optimizer, schedule, amp)

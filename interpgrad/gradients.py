@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from torch.autograd.graph import Node
 from interpgrad import frozen, graph
 from interpgrad.autocast import at_least_single
 from interpgrad.criteria import Criterion, Derivative, derivative_of
+from interpgrad.double_backward import sync_batch_norm
 from interpgrad.forward import Forward, check_batch, forward_without_trace
 from interpgrad.guided import check_activations, guided_backward
 
@@ -88,20 +90,22 @@ def gradient_pair(
     *,
     derivative: Derivative,
     batch_norm: str,
-    activations: str,
+    activations: str | None,
     create_graph: bool,
     verified: set[frozenset[str]] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """J^T v, with v the derivative at the logits, and its guided twin, from the graph of one forward pass.
 
-    `verified` remembers the sets of operations already known to have a double backward.
+    Without `activations` the second is the first. `verified` remembers the sets of operations already known to have a
+    double backward.
     """
     image, logits = forward.image, forward.logits
     if not logits.requires_grad:
         raise graph.no_path_to_images()
     v = derivative(logits, y, create_graph)
     operations = graph.operations(logits, until=image)
-    graph.refuse_opaque(operations)
+    if create_graph or activations:
+        graph.refuse_opaque(operations)
     if create_graph:
         graph.refuse_once_differentiable(operations)
     if create_graph or batch_norm == "frozen":
@@ -123,7 +127,7 @@ class _InnerPasses(NamedTuple):
     forward: Forward
     network: frozen.Network
     batch_norm: str
-    activations: str
+    activations: str | None
     create_graph: bool
 
     def run(self, v: Tensor, verify: bool) -> tuple[Tensor, Tensor]:
@@ -145,26 +149,33 @@ class _InnerPasses(NamedTuple):
         The largest gradient at the logits becomes about 2^8. A power of two, so nothing is rounded.
         """
         v = at_least_single(v)
-        largest = v.detach().abs().max()
-        scale = torch.where(largest > 0, torch.exp2((8 - largest.log2().ceil()).clamp(-100, 100)), 1)
+        agreed = functools.partial(sync_batch_norm.smallest, self.network.operations)  # its sums are of all ranks
+        exponent = agreed((8 - v.detach().abs().max().log2().ceil()).clamp(-100, 100))
         for _ in range(_ATTEMPTS):
-            delta, guided = self.run(v * scale, verify)
-            if bool(delta.isfinite().all() & guided.isfinite().all()):
+            delta, guided = self.run(v * exponent.exp2(), verify)
+            finite = delta.isfinite().all() & guided.isfinite().all()
+            if bool(agreed(finite.float())):
                 break
-            scale = scale / 64  # the network amplifies its gradients beyond what float16 holds
+            exponent = exponent - 6  # the network amplifies its gradients beyond what float16 holds
+        scale = exponent.exp2().to(delta.device)
         return at_least_single(delta) / scale, at_least_single(guided) / scale
 
     def _two_passes(self, logits: Tensor, v: Tensor, verify: bool) -> tuple[Tensor, Tensor]:
         """J^T v, and guided. The graph is kept in any case: it is also the one of the user's own loss."""
-        image, v = self.forward.image, v.to(logits.dtype)
-        with guided_backward(self.network.operations, self.activations):
-            (guided,) = torch.autograd.grad(logits, image, v.detach(), retain_graph=True, allow_unused=True)
-            if guided is None:
-                raise graph.no_path_to_images()
-        (delta,) = torch.autograd.grad(logits, image, v, retain_graph=True, create_graph=self.create_graph)
+        image, v, guided = self.forward.image, v.to(logits.dtype), None
+        if self.activations:
+            with guided_backward(self.network.operations, self.activations):
+                (guided,) = torch.autograd.grad(logits, image, v.detach(), retain_graph=True, allow_unused=True)
+                if guided is None:
+                    raise graph.no_path_to_images()
+        (delta,) = torch.autograd.grad(
+            logits, image, v, retain_graph=True, create_graph=self.create_graph, allow_unused=True
+        )
+        if delta is None:
+            raise graph.no_path_to_images()
         if self.create_graph and verify:
             graph.refuse_failing_double_backward(delta, until=image)
-        return delta, guided
+        return delta, delta if guided is None else guided
 
     def _apart(self, delta: Tensor, v: Tensor, leaf: Tensor, norms: set[Node]) -> Tensor:
         """Delta, differentiated in a pass of its own if its derivative reaches batch norm in the forward pass."""

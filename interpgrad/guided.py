@@ -13,6 +13,7 @@ backpropagation: neither the standard nor the double backward can see it.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -123,6 +124,14 @@ def _no_activation(graph: Operations, activations: str) -> str:
     )
 
 
+class _Thread(threading.local):
+    """What one of the engine's threads, of which every device has its own, is doing."""
+
+    def __init__(self) -> None:
+        self.inside = False  # a CopySlices node
+        self.masks: list[Tensor] = []
+
+
 class _ClampInsideCopySlices(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """The one hiding place of the graph: an activation in place on a view, such as `h[:, :8].relu_()`.
 
@@ -134,8 +143,7 @@ class _ClampInsideCopySlices(TorchDispatchMode):  # type: ignore[no-untyped-call
         super().__init__()  # type: ignore[no-untyped-call]
         self.kernels = set(family.values())
         self.met = 0
-        self._inside = False
-        self._masks: list[Tensor] = []
+        self._thread = _Thread()
         self._handles = []
         for node in copy_slices:
             self._handles += [node.register_prehook(self._enter_node), node.register_hook(self._exit_node)]
@@ -146,21 +154,21 @@ class _ClampInsideCopySlices(TorchDispatchMode):  # type: ignore[no-untyped-call
         super().__exit__(*exception)  # type: ignore[no-untyped-call]
 
     def _enter_node(self, _: Any) -> None:
-        self._inside = True
+        self._thread.inside = True
 
     def _exit_node(self, *_: Any) -> None:
-        self._inside = False
-        self._masks.clear()
+        self._thread.inside = False
+        self._thread.masks.clear()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
-        if self._inside and self._is_backward(name, args):
+        if self._thread.inside and self._is_backward(name, args):
             self.met += 1
             gradient = 1 if name == "where" else 0
             args = (*args[:gradient], args[gradient].clamp(min=0), *args[gradient + 1 :])
         result = func(*args, **(kwargs or {}))
-        if self._inside and self._makes_mask(name, args):
-            self._masks.append(result)
+        if self._thread.inside and self._makes_mask(name, args):
+            self._thread.masks.append(result)
         return result
 
     def _is_backward(self, name: str, args: Any) -> bool:
@@ -173,4 +181,4 @@ class _ClampInsideCopySlices(TorchDispatchMode):  # type: ignore[no-untyped-call
         return name in ("gt", "ge") and not isinstance(args[1], Tensor) and args[1] == 0
 
     def _is_mask(self, tensor: Tensor) -> bool:
-        return any(tensor is mask for mask in self._masks)
+        return any(tensor is mask for mask in self._thread.masks)

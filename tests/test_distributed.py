@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from interpgrad import InterpretableGradientLoss
+from interpgrad import InterpretableGradientLoss, input_gradients
 
 WORLD = 2
 
@@ -285,6 +285,29 @@ def collectives(rank, batch_norm, count):
 def test_no_collective_in_inner_passes(batch_norm, count):
     """Coupled, there are two sums for each of three layers in each of two passes."""
     spawn(collectives, batch_norm, count)
+
+
+def float16_with_sync_batch_norm(rank, amplified):
+    """Rank 1 is far surer than rank 0, so that each by itself would scale its gradients by another power of two."""
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(normalized_net()).float()
+    with torch.no_grad():
+        model[-1].weight *= 1024 if amplified else 4
+    x, y = (half(rank, each) for each in batches()[0])
+    x = x.float()
+    certainty = 2.0 ** (-10 * rank)
+    criterion = lambda logits, _: certainty * logits[:, 0].sum()  # noqa: E731
+    settings = {"criterion": criterion, "batch_norm": "coupled"}
+    delta, guided = input_gradients(model, x, y, **settings)
+    with torch.autocast("cpu", torch.float16):
+        half_delta, half_guided = input_gradients(model, x, y, **settings)
+    for ours, expected in ((half_delta, delta), (half_guided, guided)):
+        assert (ours - expected).norm() < 0.02 * expected.norm()
+
+
+@pytest.mark.parametrize("amplified", [False, True])
+def test_float16_with_sync_batch_norm(amplified):
+    """The ranks agree on the scale, and on lowering it: the collectives add gradients of one scale."""
+    spawn(float16_with_sync_batch_norm, amplified)
 
 
 class WithActivation(nn.SyncBatchNorm):

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from nets import data, small_net
 from torch import nn
 
-from interpgrad import InterpretableGradientLoss, input_gradients
+from interpgrad import InterpretableGradientLoss, input_gradients, saliency
 
 DTYPES = [torch.bfloat16, torch.float16]
 
@@ -150,6 +150,20 @@ def test_float16_wherever_autocast_is_switched_on(margin, settings):
         assert value.item() == pytest.approx(expected, abs=0.02)
     value = InterpretableGradientLoss(Autocasting(model), lam=1.0, **settings)(x, y)
     assert value.item() == pytest.approx(expected, abs=0.02)
+
+
+@pytest.mark.parametrize("margin", [0, 8, 14])
+def test_saliency_in_float16(margin):
+    """As the loss's gradients: scaled, so that a sure network's do not underflow."""
+    model, x, y = confident_net(margin)
+    for function in (saliency.gradient, saliency.guided_gradient, saliency.smooth_gradient):
+        settings = {"samples": 3} if function is saliency.smooth_gradient else {}
+        expected = function(model, x, y, criterion="log_prob", **settings)
+        with torch.autocast("cpu", torch.float16):
+            found = function(model, x, y, criterion="log_prob", **settings)
+        assert found.dtype == torch.float32
+        # Sample by sample: the surest would not show in a norm of all.
+        assert ((found - expected).flatten(1).norm(dim=1) < 0.05 * expected.flatten(1).norm(dim=1)).all()
 
 
 def test_a_network_that_amplifies_its_gradients():

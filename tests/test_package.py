@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "guided": {"graph"},
     "frozen": {"double_backward", "graph"},
     "forward": {"autocast", "double_backward", "model"},
-    "gradients": {"autocast", "criteria", "forward", "frozen", "graph", "guided"},
+    "gradients": {"autocast", "criteria", "double_backward", "forward", "frozen", "graph", "guided"},
     "loss": {"autocast", "criteria", "errors", "forward", "gradients", "guided"},
     "saliency": {"criteria", "forward", "gradients", "guided", "model"},
     "__init__": {"double_backward", "gradients", "loss", "transforms"},

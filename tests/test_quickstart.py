@@ -147,11 +147,11 @@ def test_a_tiny_run_on_digits(tmp_path):
     assert picture.width > 800
     assert picture.convert("L").getextrema()[0] < 100, "an empty picture"
     rows = json.loads((tmp_path / "demo.json").read_text())["rows"]
-    for figures in (row for seeds in rows.values() for row in seeds):
-        assert 0 <= figures["accuracy"] <= 1
-        assert -1 <= figures["cosine"] <= 1
-        assert 0 < figures["smooth"] <= 1
-        assert figures["ms/step"] > 0
+    for found in (row for seeds in rows.values() for row in seeds):
+        assert 0 <= found["accuracy"] <= 1
+        assert -1 <= found["cosine"] <= 1
+        assert 0 < found["smooth"] <= 1
+        assert found["ms/step"] > 0
 
 
 def test_a_tiny_run_on_a_folder(folder, tmp_path):

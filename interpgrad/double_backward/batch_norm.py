@@ -215,7 +215,7 @@ def channel_sums(g: Tensor, x: Tensor, mean: Tensor, invstd: Tensor) -> tuple[Te
     """
     mean, invstd = at_least_single(mean), at_least_single(invstd)
     mask = [False, True, True]
-    _, *sums = aten.native_batch_norm_backward(g, x, invstd, None, None, mean, invstd, True, 0.0, mask)
+    _, *sums = aten.native_batch_norm_backward(g, dense(x), invstd, None, None, mean, invstd, True, 0.0, mask)
     return sums[0], sums[1]
 
 
@@ -232,6 +232,23 @@ def formula(g: Tensor, x: Tensor, weight: Tensor | None, eps: float) -> tuple[Te
 def channels(value: Tensor, x: Tensor) -> Tensor:
     """(C,) as (1, C, 1, ...), to broadcast with x."""
     return value.view(1, -1, *[1] * (x.dim() - 2))
+
+
+def dense(x: Tensor) -> Tensor:
+    """x, or a copy of it, contiguous in a memory format: what cuDNN takes, and saves, of a slice or a transposed x.
+
+    Outside of a Function: a copy that one made and saved would have no path back to x.
+    """
+    formats = [torch.contiguous_format]
+    formats += [torch.channels_last] if x.dim() == 4 else [torch.channels_last_3d] if x.dim() == 5 else []
+
+    def is_dense(tensor: Tensor) -> bool:
+        return any(tensor.is_contiguous(memory_format=each) for each in formats)
+
+    if is_dense(x):
+        return x
+    copy = x.clone()  # keeps the order of the dimensions
+    return copy if is_dense(copy) else copy.contiguous()
 
 
 def _like(gradient: Tensor | None, weight: Tensor | None) -> Tensor | None:
@@ -252,6 +269,7 @@ def _batch_norm(
     """The replacement of F.batch_norm, with its signature."""
     if input.dim() < 2 or input.numel() <= input.shape[1]:  # nothing to normalize, or one value per channel: an error
         return NotImplemented
+    input, weight = dense(input), weight if weight is None else weight.contiguous()
     return _BatchNorm.apply(input, weight, bias, running_mean, running_var, training, momentum, eps, True)
 
 

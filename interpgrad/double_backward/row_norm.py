@@ -30,6 +30,7 @@ from interpgrad.double_backward.engine import stock_gradients, tensors_of, wante
 aten = torch.ops.aten
 
 _NATIVE = 0  # implementation of batch norm
+_IN_SINGLE = ("cuda",)  # where autocast runs both norms in single precision
 
 
 class _Layer(NamedTuple):
@@ -160,7 +161,7 @@ def _memory_format(x: Tensor) -> torch.memory_format:
 
 
 def _row_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, norm: _Layer | _Group) -> Any:
-    if x.is_cuda and autocast_dtype(x.device) is not None:  # autocast runs both in single precision, on CUDA only
+    if x.device.type in _IN_SINGLE and autocast_dtype(x.device) is not None:
         single = (each if each is None or each.dtype == torch.float64 else each.float() for each in (x, weight, bias))
         return _RowNorm.apply(*single, norm)
     return _RowNorm.apply(x, weight, bias, norm)

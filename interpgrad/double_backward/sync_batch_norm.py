@@ -11,7 +11,7 @@ passes with frozen statistics the collective's node is not reached.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -115,6 +115,15 @@ def _forward(layer: nn.SyncBatchNorm, differentiable: bool, x: Tensor) -> Tensor
         x, layer.weight, layer.bias, running_mean, running_var, layer.eps, momentum, group, world
     )
     return y
+
+
+def smallest(operations: Mapping[str, Sequence[Any]], value: Tensor) -> Tensor:
+    """The smallest of the ranks' values, of those whose sums in a backward pass over these nodes are common."""
+    nodes = [node for name in ("_SumOverRanks", "_SyncBatchNorm", "SyncBatchNorm") for node in operations.get(name, ())]
+    groups = {node.group if hasattr(node, "group") else node.process_group for node in nodes}
+    for group in groups:
+        dist.all_reduce(value, dist.ReduceOp.MIN, group=group)
+    return value
 
 
 def _has_kernels(x: Tensor) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from interpgrad.criteria import Criterion, derivative_of
+from interpgrad.criteria import Criterion, Derivative, derivative_of
 from interpgrad.forward import check_images, forward_without_trace
 from interpgrad.gradients import gradient_pair
 from interpgrad.guided import check_activations
@@ -49,9 +49,7 @@ def gradient(
     parts: list[Tensor] = []
     with evaluation_mode(model), torch.enable_grad():
         for images, given in chunks(x.detach(), target, chunk_size):
-            forward = forward_without_trace(model, images)
-            v = derivative(forward.logits, classes_to_explain(given, forward.logits), False)
-            parts += torch.autograd.grad(forward.logits, forward.image, v.to(forward.logits.dtype))
+            parts.append(_gradient_pair(model, images, given, derivative, None)[0])
     return torch.cat(parts)
 
 
@@ -81,18 +79,22 @@ def guided_gradient(
     parts = []
     with evaluation_mode(model), torch.enable_grad():
         for images, given in chunks(x.detach(), target, chunk_size):
-            forward = forward_without_trace(model, images)
-            classes = classes_to_explain(given, forward.logits)
-            _, guided = gradient_pair(
-                forward,
-                classes,
-                derivative=derivative,
-                batch_norm="frozen",
-                activations=activations,
-                create_graph=False,
-            )
-            parts.append(guided)
+            parts.append(_gradient_pair(model, images, given, derivative, activations)[1])
     return torch.cat(parts)
+
+
+def _gradient_pair(
+    model: nn.Module, images: Tensor, target: Any, derivative: Derivative, activations: str | None
+) -> tuple[Tensor, Tensor]:
+    forward = forward_without_trace(model, images)
+    return gradient_pair(
+        forward,
+        classes_to_explain(target, forward.logits),
+        derivative=derivative,
+        batch_norm="frozen",
+        activations=activations,
+        create_graph=False,
+    )
 
 
 def smooth_gradient(
@@ -131,12 +133,14 @@ def smooth_gradient(
     classes = torch.as_tensor(classes, device=x.device).expand(len(x))
     sigma = noise * (x.flatten(1).amax(1) - x.flatten(1).amin(1))
     total = torch.zeros_like(x)
-    rows = torch.arange(len(x), device=x.device).repeat_interleave(samples)
+    rows = torch.arange(len(x)).repeat_interleave(samples)
     for of_image in torch.split(rows, size):
         # Drawn one by one, so that the result does not depend on the size of the chunks.
         drawn = [torch.randn(x.shape[1:], dtype=x.dtype, device=x.device, generator=generator) for _ in of_image]
         noisy = x[of_image] + sigma[of_image].view(-1, *[1] * (x.dim() - 1)) * torch.stack(drawn)
-        total.index_add_(0, of_image, gradient(model, noisy, classes[of_image], criterion=criterion))
+        found = gradient(model, noisy, classes[of_image], criterion=criterion)
+        for index in range(int(of_image[0]), int(of_image[-1]) + 1):
+            total[index] += found[of_image.to(x.device) == index].sum(0)  # in one order, unlike index_add_ on CUDA
     return total / samples
 
 

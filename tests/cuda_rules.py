@@ -1,0 +1,118 @@
+"""What CUDA's kernels refuse and the CPU's take, read off PyTorch's sources, as a mode that refuses it on the CPU.
+
+R1 to R9 are rules of cuda/Normalization.cu, cudnn/BatchNorm.cpp, layer_norm_kernel.cu, group_norm.cpp and
+Convolution.cpp, torch 2.4 to 2.14; R8 and R9 are what this package promises.
+"""
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+aten = torch.ops.aten
+
+
+class RefusedOnCudaError(AssertionError):
+    """An operation that CUDA would not take."""
+
+
+class CudaRules(TorchDispatchMode):
+    """Refuses what CUDA refuses.
+
+    Args:
+        synchronizations: whether waiting for the device is allowed.
+    """
+
+    def __init__(self, *, synchronizations=True):
+        super().__init__()
+        self.synchronizations = synchronizations
+        self.checked = {}  # rule -> how many operations it was asked of
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if torch._C._current_graph_task_id() != -1:
+            self.check("R8", not torch.is_autocast_enabled("cpu"), func, "autocast is on in a backward pass")
+        if func in (aten._local_scalar_dense.default, aten.nonzero.default):
+            self.check("R9", self.synchronizations, func, "a host synchronization")
+        rule = RULES.get(func)
+        if rule:
+            rule(self, func, *args)
+        return func(*args, **(kwargs or {}))
+
+    def check(self, rule, allowed, func, why):
+        self.checked[rule] = self.checked.get(rule, 0) + 1
+        if not allowed:
+            raise RefusedOnCudaError(f"{rule}, {func}: {why}")
+
+
+def batch_norm(rules, func, x, weight, bias, running_mean, running_var, training, *_):
+    rules.check("R3", one_dtype(weight, bias), func, f"weight and bias of {dtypes(weight, bias)}")
+    rules.check("R3", training or running_mean is not None, func, "evaluation without running statistics")
+    rules.check("R2", parameters_match(x, weight, bias, running_mean, running_var), func, "parameters of other dtypes")
+
+
+def batch_norm_backward(rules, func, g, x, weight, running_mean, running_var, mean, invstd, training, _, mask):
+    rules.check("R1", weight is not None or not (mask[1] or mask[2]), func, "sums without a weight")
+    rules.check("R2", one_dtype(g, x), func, f"gradient and x of {dtypes(g, x)}")
+    rules.check("R2", parameters_match(x, weight, running_mean, running_var), func, "parameters of other dtypes")
+    rules.check("R2", one_dtype(mean, invstd), func, f"mean and invstd of {dtypes(mean, invstd)}")
+    if training and weight is not None and x.dim() >= 3:
+        rules.check("R4", dense(x), func, f"x of {tuple(x.shape)} with strides {x.stride()}")
+        rules.check("R4", weight.is_contiguous(), func, "weight is not contiguous")
+
+
+def layer_norm(rules, func, x, _, weight, bias, *__):
+    rules.check("R5", one_dtype(x, weight, bias), func, dtypes(x, weight, bias))
+
+
+def layer_norm_backward(rules, func, g, x, _, mean, invstd, weight, bias, mask):
+    rules.check("R5", one_dtype(g, x, weight, bias), func, dtypes(g, x, weight, bias))
+    rules.check("R5", (weight is not None or not mask[1]) and (bias is not None or not mask[2]), func, "mask")
+
+
+def group_norm(rules, func, x, weight, bias, *_):
+    rules.check("R5", one_dtype(x, weight, bias), func, dtypes(x, weight, bias))
+    rules.check("R6", x.is_contiguous(), func, f"x with strides {x.stride()}")
+
+
+def group_norm_backward(rules, func, g, x, mean, invstd, weight, *rest):
+    rules.check("R5", one_dtype(g, x, weight), func, dtypes(g, x, weight))
+    rules.check("R5", weight is not None or not (rest[-1][1] or rest[-1][2]), func, "sums without a weight")
+    rules.check("R6", g.is_contiguous() and x.is_contiguous(), func, f"strides {g.stride()}, {x.stride()}")
+
+
+def convolution(rules, func, x, weight, bias, *_):
+    rules.check("R7", one_dtype(x, weight, bias), func, dtypes(x, weight, bias))
+
+
+def convolution_backward(rules, func, g, x, weight, *_):
+    rules.check("R7", one_dtype(g, x, weight), func, dtypes(g, x, weight))
+
+
+RULES = {
+    aten.native_batch_norm.default: batch_norm,
+    aten.native_batch_norm_backward.default: batch_norm_backward,
+    aten.native_layer_norm.default: layer_norm,
+    aten.native_layer_norm_backward.default: layer_norm_backward,
+    aten.native_group_norm.default: group_norm,
+    aten.native_group_norm_backward.default: group_norm_backward,
+    aten.convolution.default: convolution,
+    aten.convolution_backward.default: convolution_backward,
+}
+
+
+def one_dtype(*tensors):
+    return len({each.dtype for each in tensors if each is not None}) <= 1
+
+
+def dtypes(*tensors):
+    return str([None if each is None else each.dtype for each in tensors])
+
+
+def parameters_match(x, *parameters):
+    """All of one dtype: that of x, or single precision beside an x in half."""
+    given = {each.dtype for each in parameters if each is not None}
+    half = x.dtype in (torch.float16, torch.bfloat16)
+    return len(given) <= 1 and given <= ({x.dtype, torch.float32} if half else {x.dtype})
+
+
+def dense(x):
+    formats = {4: [torch.channels_last], 5: [torch.channels_last_3d]}.get(x.dim(), [])
+    return any(x.is_contiguous(memory_format=each) for each in [torch.contiguous_format, *formats])
