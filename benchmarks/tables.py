@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -57,16 +58,42 @@ def evaluation(stored: dict[str, Any]) -> str:
 
 def quickstart(stored: dict[str, Any]) -> str:
     """The table of the main job."""
-    from quickstart import table
+    from figures import table
 
     return table(stored["rows"])
 
 
-def sweep(stored: dict[str, Any]) -> str:
-    """The table of the sweep."""
-    from quickstart import table
+def groups(*names: str) -> Callable[[dict[str, Any]], str]:
+    """These groups of the sweep, each network beside the one of the same seed without the loss."""
 
-    return table({name: list(seeds.values()) for name, seeds in stored["results"].items()})
+    def render(stored: dict[str, Any]) -> str:
+        from figures import both_gradients, paired_table
+        from sweep import GROUPS, PLAIN
+
+        titles = [str(PLAIN), *(str(setting) for name in names for setting in GROUPS[name][0])]
+        found = stored["results"]
+        rows = {
+            title: {seed: both_gradients(figures) for seed, figures in sorted(found[title].items())}
+            for title in dict.fromkeys(titles)
+            if title in found
+        }
+        absent = [title for title in dict.fromkeys(titles) if title not in found]
+        return paired_table(rows, str(PLAIN)) + (f"\n\nNot run yet: {'; '.join(absent)}." if absent else "")
+
+    return render
+
+
+def attempts(stored: dict[str, Any]) -> str:
+    """The attempts, each beside the network of the same seed without the loss."""
+    from figures import both_gradients, paired_table
+
+    rows = {}
+    for title, seeds in stored["results"].items():
+        rows[title] = {
+            seed: both_gradients(figures) | {"insertion": figures["smoothed"]["insertion"][0]}
+            for seed, figures in sorted(seeds.items())
+        }
+    return paired_table(rows, "without")
 
 
 # The assumptions of docs/scaling.md: training speed of one GPU, images of each, and what it can send and receive.
@@ -136,7 +163,10 @@ TABLES = {
     ("docs/scaling.md", "counted"): (counted, "scaling.json"),
     ("docs/scaling.md", "worked"): (worked, "scaling.json"),
     ("docs/scaling.md", "synchronized"): (synchronized, "scaling.json"),
-    ("examples/README.md", "sweep"): (sweep, "sweep.json"),
+    ("examples/README.md", "object"): (groups("five seeds", "weight"), "sweep-digits.json"),
+    ("examples/README.md", "schedule"): (groups("schedule"), "sweep-digits.json"),
+    ("examples/README.md", "ablations"): (groups("coupled", "low-pass", "warm-up"), "sweep-digits.json"),
+    ("examples/README.md", "attempts"): (attempts, "attempts.json"),
     ("examples/README.md", "cifar10-small"): (quickstart, "quickstart-cifar10-small.json"),
     ("examples/README.md", "cifar10"): (quickstart, "quickstart-cifar10.json"),
 }

@@ -23,6 +23,8 @@ HEADINGS = {
     "pointing": "pointing game",
     "pointing, mean": "after a 5×5 mean",
     "classes": "cos(δ₁, δ₂)",
+    "logit cosine": "cos(δ, δᴳ) of the logit",
+    "insertion": "insertion of |δ|/y",
     "ms/step": "ms per step",
 }
 SAMPLES = (1, 2, 4, 8, 16, 32)  # of SmoothGrad
@@ -138,20 +140,40 @@ def randomized(model: nn.Module, images: Images, criterion: str = "log_prob", dr
     return {name: statistics.fmean(values) for name, values in found.items()}
 
 
-def table(rows: dict[str, list[dict[str, float]]], paired: str | None = None) -> str:
-    """A Markdown table: mean ± standard deviation over the seeds.
-
-    With `paired`, the title of a row, the others are followed by their mean differences to it, seed by seed.
-    """
+def table(rows: dict[str, list[dict[str, float]]]) -> str:
+    """A Markdown table: mean ± standard deviation over the seeds."""
     names = list(next(iter(rows.values()))[0])
     lines = ["| | " + " | ".join(HEADINGS[name] for name in names) + " |", "| --- |" + " --- |" * len(names)]
     for title, seeds in rows.items():
         lines.append(f"| {title} | " + " | ".join(_cell(name, [each[name] for each in seeds]) for name in names) + " |")
-        if paired and title != paired:
-            pairs = list(zip(rows[paired], seeds, strict=False))
-            cells = [_cell(name, [after[name] - before[name] for before, after in pairs], "+") for name in names]
-            lines.append("| *paired difference* | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def paired_table(rows: dict[str, dict[str, dict[str, float]]], base: str) -> str:
+    """A Markdown table of figures by title and seed.
+
+    Mean ± standard deviation of the row `base`; of the others the mean, and in brackets the mean ± standard deviation
+    of the differences to it, seed by seed.
+    """
+    names = list(next(iter(rows[base].values())))
+    lines = ["| | seeds | " + " | ".join(HEADINGS[name] for name in names) + " |"]
+    lines.append("| --- | --- |" + " --- |" * len(names))
+    for title, seeds in rows.items():
+        cells = []
+        for name in names:
+            values = [seeds[seed][name] for seed in seeds]
+            if title == base:
+                cells.append(_cell(name, values))
+                continue
+            differences = [seeds[seed][name] - rows[base][seed][name] for seed in seeds if seed in rows[base]]
+            cells.append(f"{statistics.fmean(values):.3f} ({_cell(name, differences, '+')})")
+        lines.append(f"| {title} | {len(seeds)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def both_gradients(figures: dict[str, Any]) -> dict[str, float]:
+    """The figures of the log-probability's gradient, and of the logit's the cosine, a part of which can be bought."""
+    return figures["log_prob"] | {"logit cosine": figures["logit"]["cosine"]}
 
 
 def _cell(name: str, values: list[float], sign: str = "") -> str:

@@ -105,7 +105,7 @@ PAPER = Setting(7.5e-3, "cross_entropy", low_pass=False, batch_norm="coupled", w
 
 
 def augment(x: Tensor, generator: torch.Generator, rotation: float = 0.0, padding: int = 4) -> Tensor:
-    """Images (N, C, H, W), each a crop of its padded self, mirrored or not, turned by at most `rotation` degrees.
+    """Images (N, C, H, W), each a crop of its reflected self, mirrored or not, turned by at most `rotation` degrees.
 
     The draws are the CPU's, so that they are the same wherever the images are.
     """
@@ -122,7 +122,7 @@ def augment(x: Tensor, generator: torch.Generator, rotation: float = 0.0, paddin
         rows[:, None, :, None],
         columns[:, None, None, :],
     )
-    return F.pad(x, (padding,) * 4)[tuple(index.to(x.device) for index in indices)]
+    return F.pad(x, (padding,) * 4, mode="reflect")[tuple(index.to(x.device) for index in indices)]
 
 
 def _rotated(x: Tensor, angles: Tensor) -> Tensor:

@@ -1,5 +1,8 @@
 """Train image classifiers whose input gradients are less noisy and whose explanations are more faithful."""
 
+import importlib
+from types import ModuleType
+
 from interpgrad.double_backward import fast_double_backward
 from interpgrad.gradients import input_gradients
 from interpgrad.loss import InterpretableGradientLoss
@@ -7,3 +10,10 @@ from interpgrad.transforms import low_pass
 
 __all__ = ["InterpretableGradientLoss", "fast_double_backward", "input_gradients", "low_pass"]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> ModuleType:
+    """interpgrad.saliency, .metrics and .plot without an import of their own."""
+    if name in ("saliency", "metrics", "plot", "errors"):
+        return importlib.import_module(f"interpgrad.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

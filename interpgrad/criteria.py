@@ -8,7 +8,8 @@ Differentiated v: "cross_entropy", v = p - e_y, as in Algorithm 1 of Torres et a
 Guided backpropagation is not odd: the guided gradient of the log-probability follows the evidence for the target, the
 one of the cross-entropy, its negative, the evidence for the other classes.
 
-Shapes: logits and v (N, C), y (N,) class indices or (N, C) probabilities; further dimensions follow C.
+Shapes: logits and v (N, C), y (N,) class indices or (N, C) probabilities; further dimensions follow C. One logit z for
+each image, (N, 1) or (N,), counts as two, -z/2 and z/2, and y is then 0 or 1, or the probability of 1.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 
 from interpgrad import graph
 from interpgrad.autocast import at_least_single
+from interpgrad.model import class_logits
 
 Criterion = Callable[[Tensor, Any], Tensor]  # (logits, y) -> 0-dim
 Derivative = Callable[[Tensor, Any, bool], Tensor]  # (logits, y, create_graph) -> v
@@ -36,13 +38,23 @@ _MEANS = ("mean", "batchmean")
 def derivative_of(criterion: Criterion | str) -> Derivative:
     """The derivative at the logits of the criterion with this name, or of a callable summed over the batch."""
     if isinstance(criterion, str) and criterion in _DERIVATIVES:
-        return _DERIVATIVES[criterion]
+        return functools.partial(_of_classes, _DERIVATIVES[criterion])
     if isinstance(criterion, (str, type)) or not callable(criterion):
         raise ValueError(
             f"expected criterion to be one of {', '.join(map(repr, _DERIVATIVES))} or a callable (logits, y) -> 0-dim, "
             f"got {criterion!r}."
         )
     return functools.partial(_differentiated, _summed(criterion))
+
+
+def _of_classes(derivative: Derivative, logits: Tensor, y: Tensor, create_graph: bool) -> Tensor:
+    """The derivative at the logits, also where there is one for each image and y is binary, or its probability."""
+    classes, y = class_logits(logits), _targets(logits, y)
+    if classes is logits:
+        return derivative(logits, y, create_graph)
+    y = y.reshape(classes[:, 0].shape) if y.numel() == logits.numel() else y
+    of_both = derivative(classes, torch.stack([1 - y, y], 1) if y.is_floating_point() else y, create_graph)
+    return ((of_both[:, 1] - of_both[:, 0]) / 2).view(logits.shape)
 
 
 def _log_prob(logits: Tensor, y: Tensor, create_graph: bool) -> Tensor:  # noqa: ARG001
@@ -56,6 +68,18 @@ def _log_prob(logits: Tensor, y: Tensor, create_graph: bool) -> Tensor:  # noqa:
 
 def _logit(logits: Tensor, y: Tensor, create_graph: bool) -> Tensor:  # noqa: ARG001
     return _distribution(logits, y)
+
+
+def _targets(logits: Tensor, target: Any) -> Tensor:
+    """Class indices or probabilities, of y as a tensor, list or array: (N,) also if (N, 1), or (N, C) if one-hot."""
+    if target is None or isinstance(target, (int, float, str)):
+        raise TypeError(f"expected y to hold a target for each image, got {type(target).__name__}: pass a tensor (N,).")
+    y: Tensor = torch.as_tensor(target, device=logits.device)
+    if y.is_floating_point() or logits.dim() < 2 or logits.shape[1] == 1:
+        return y
+    if y.shape == logits.shape:
+        return y.to(torch.promote_types(logits.dtype, torch.float32))
+    return y.squeeze(1) if y.shape == (len(logits), 1, *logits.shape[2:]) else y
 
 
 def _distribution(logits: Tensor, y: Tensor) -> Tensor:
@@ -81,6 +105,13 @@ def _sum_of_others(share: Tensor) -> Tensor:
 
 def _differentiated(criterion: Criterion, logits: Tensor, y: Any, create_graph: bool) -> Tensor:
     """The derivative of criterion(logits, y), by autograd."""
+    if class_logits(logits) is not logits and (
+        getattr(criterion, "func", None) is F.cross_entropy or isinstance(criterion, (nn.CrossEntropyLoss, nn.NLLLoss))
+    ):
+        raise ValueError(
+            f"expected a criterion for one logit, got cross-entropy, which is constant there, with logits of shape "
+            f'{tuple(logits.shape)}: use nn.BCEWithLogitsLoss(reduction="sum"), or the name "cross_entropy".'
+        )
     value = criterion(logits.clone(), y)  # it may work in place; the logits may be the user's
     if not isinstance(value, Tensor) or value.dim() != 0:
         received = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +20,7 @@ except ImportError as reason:
         "interpgrad.metrics.faithfulness() does without."
     ) from reason
 
+_INSTANCES = itertools.count()
 _NAMES = ("AD", "AG", "AI", "INS", "DEL")
 
 
@@ -47,8 +50,8 @@ class Faithfulness(Metric):
         self,
         model: nn.Module,
         *,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
+        mean: float | Sequence[float] | Tensor | None = None,
+        std: float | Sequence[float] | Tensor | None = None,
         protocol: str | Protocol = "rise",
         denominator: str = "1-y",
         chunk_size: int = 64,
@@ -57,6 +60,8 @@ class Faithfulness(Metric):
         """Keyword arguments beyond these go to torchmetrics.Metric."""
         super().__init__(**kwargs)
         self.__dict__["model"] = model
+        # A name of its own for a state: a MetricCollection takes metrics of equal states for one.
+        self.add_state(f"instance_{next(_INSTANCES)}", torch.tensor(0), dist_reduce_fx="sum")
         self.settings: dict[str, Any] = {
             "mean": mean,
             "std": std,
@@ -66,6 +71,13 @@ class Faithfulness(Metric):
         }
         self.add_state("total", torch.zeros(len(_NAMES), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("count", torch.tensor(0), dist_reduce_fx="sum")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Faithfulness:
+        """Of the same model, not of a copy of it, as clone() is meant."""
+        memo[id(self.model)] = self.model
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return copied
 
     def update(self, x: Tensor, maps: Tensor, target: Any = None) -> None:
         """Add a batch: images (N, C, H, W), maps (N, h, w) in [0, 1], the classes they explain."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
+import sys
 import threading
 import weakref
 from collections.abc import Iterator, Mapping
@@ -18,7 +19,7 @@ from interpgrad.autocast import without_autocast
 from interpgrad.double_backward import fast_double_backward
 from interpgrad.double_backward.engine import Root
 from interpgrad.double_backward.sync_batch_norm import replaced_sync_batch_norm
-from interpgrad.model import logits_of, unwrap
+from interpgrad.model import is_compiled_wrapper, logits_of, unwrap
 
 _ROOT: Any = Root._backward_cls
 
@@ -81,7 +82,7 @@ def forward_without_trace(
     with (
         _random_state_restored(module, x),
         _recording(module, batch_norm, without_trace=True) as recording,
-        _eager(module),
+        _eager(),
     ):
         output = module(model_input, *args, **(kwargs or {}))
         return Forward(x, image, root, output, module if recording.recomputes else None)
@@ -94,8 +95,14 @@ class Recorder:
         self.forward: Forward | None = None
         self.finished = 0
         self._batch_norm = batch_norm
-        self._thread = threading.get_ident()
+        self._thread: int | None = threading.get_ident()
         self._calls: list[tuple[Tensor, Tensor, Any] | None] = []  # those under way
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Recorder:
+        """One that never records: the hooks of a copy of the model, made inside, are nobody's."""
+        copied = Recorder(self._batch_norm)
+        copied._thread = None
+        return copied
 
     @contextmanager
     def recording(self, model: nn.Module) -> Iterator[None]:
@@ -149,8 +156,28 @@ class Recorder:
             return
         begun = self._calls.pop()
         if begun and output is not None:
-            self.forward = Forward(*begun, output, module if self._mode.recomputes else None)
+            self.forward = Forward(*begun, _as_returned(output), module if self._mode.recomputes else None)
             self.finished += 1
+            self._state = _state_of(module)
+
+    def up_to_date(self) -> bool:
+        """Whether the weights and modes are still those of the recorded pass."""
+        return all(parameter._version == version for parameter, version in self._state[0]) and all(
+            part.training == training for part, training in self._state[1]
+        )
+
+
+def _as_returned(output: Any) -> Any:
+    """The logits in it, which the user may edit in place before the loss is called."""
+    try:
+        return logits_of(output).clone()
+    except TypeError:  # the loss says what is wrong, when it is called
+        return output
+
+
+def _state_of(module: nn.Module) -> tuple[list[tuple[nn.Parameter, int]], list[tuple[nn.Module, bool]]]:
+    versions = [(parameter, parameter._version) for parameter in module.parameters()]
+    return versions, [(part, part.training) for part in module.modules()]
 
 
 def check_images(x: Any) -> Tensor:
@@ -177,9 +204,10 @@ def check_images(x: Any) -> Tensor:
 def check_batch(x: Any, y: Any) -> None:
     """Images as above, and as many targets."""
     x = check_images(x)
-    if isinstance(y, Tensor) and (y.dim() == 0 or len(y) != len(x)):
+    shape = getattr(y, "shape", (len(y),) if isinstance(y, (list, tuple)) else None)
+    if shape is not None and (len(shape) == 0 or shape[0] != len(x)):
         raise ValueError(
-            f"expected one target for each of the {len(x)} images, got y of shape {tuple(y.shape)}: "
+            f"expected one target for each of the {len(x)} images, got y of shape {tuple(shape)}: "
             "pass the x and y of the same batch."
         )
 
@@ -252,16 +280,16 @@ def _random_state_restored(module: nn.Module, x: Tensor) -> Iterator[None]:
         yield
 
 
-def _eager(module: nn.Module) -> AbstractContextManager[None]:
-    """Run submodules compiled in place (`module.compile()`) eagerly: their graphs have no double backward."""
-    if _is_compiled(module) and hasattr(torch.compiler, "set_stance"):
+def _eager() -> AbstractContextManager[None]:
+    """Run modules and functions that were compiled eagerly: their graphs have no double backward."""
+    if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
         eager: AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
         return eager
     return nullcontext()
 
 
 def _is_compiled(module: nn.Module) -> bool:
-    return any(part._compiled_call_impl is not None or hasattr(part, "_orig_mod") for part in module.modules())
+    return any(part._compiled_call_impl is not None or is_compiled_wrapper(part) for part in module.modules())
 
 
 def _refuse_unusable(module: nn.Module) -> None:

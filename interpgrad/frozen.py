@@ -21,7 +21,7 @@ from torch.autograd.graph import Node
 
 from interpgrad import graph
 from interpgrad.double_backward.batch_norm import Scaling
-from interpgrad.double_backward.engine import frozen_pass, in_frozen_pass, wanted
+from interpgrad.double_backward.engine import apply_each, frozen_pass, in_frozen_pass, wanted
 
 _STOCK = ("NativeBatchNorm", "CudnnBatchNorm", "MiopenBatchNorm")
 _OURS = ("_Standardized", "_SyncBatchNorm")  # and _BatchNorm, where it is in training mode
@@ -57,7 +57,7 @@ class _Scaled:
         if gradients[0] is None or not (self.node._saved_training and in_frozen_pass()):
             return None
         weight, invstd = self.node._saved_weight, self.node._saved_result2
-        return Scaling.apply(outer[0], weight, invstd), *gradients[1:]
+        return apply_each(Scaling, outer[0], weight, invstd), *gradients[1:]
 
 
 def batch_statistics(operations: graph.Operations) -> set[Node]:

@@ -15,6 +15,8 @@ from torch.autograd.graph import Node
 _OPAQUE = {
     "CompiledFunction": "a torch.compile graph has no double backward and hides its activations; call the "
     "loss without shared_forward(), on the module that was compiled (or compile after the training step)",
+    "ApplyTemplate": "a function under torch.compile hides its activations; call the loss without shared_forward(), "
+    "which runs it eagerly (or compile after the training step)",
     "DifferentiableGraph": "a TorchScript graph hides its activations; use the nn.Module it was scripted from",
     "CondAutogradOp": "torch.cond hides the activations of its branches; branch in Python instead",
     "CheckpointFunction": "reentrant activation checkpointing does not support torch.autograd.grad; "

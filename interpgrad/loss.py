@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from interpgrad.autocast import at_least_single, without_autocast
 from interpgrad.criteria import Criterion, derivative_of
+from interpgrad.double_backward.engine import leave_to_the_engine
 from interpgrad.errors import ERRORS, cos
 from interpgrad.forward import Forward, Recorder, check_batch, forward_without_trace
 from interpgrad.gradients import check_batch_norm, gradient_pair
@@ -88,7 +89,7 @@ class InterpretableGradientLoss(nn.Module):
         super().__init__()
         if not isinstance(model, nn.Module):
             raise TypeError(f"expected model to be an nn.Module, got {type(model).__name__}: pass the module itself.")
-        if not callable(error) and error not in ERRORS:
+        if not callable(error) and not (isinstance(error, str) and error in ERRORS):
             raise ValueError(
                 f"expected error to be one of {', '.join(map(repr, ERRORS))} or a callable (delta, guided) -> (N,), "
                 f"got {error!r}."
@@ -126,6 +127,14 @@ class InterpretableGradientLoss(nn.Module):
         Raises: as `interpgrad.input_gradients`, and RuntimeError if x is not the tensor recorded, ValueError
         if the error does not return (N,).
         """
+        if not _eager:  # by now, unlike at the import of this file, whoever trains has imported torch._dynamo
+            leave_to_the_engine()
+            _eager.append(torch.compiler.disable(InterpretableGradientLoss._compute))  # type: ignore[no-untyped-call]
+        term: Tensor = _eager[0](self, x, y, *model_args, **model_kwargs)
+        return term
+
+    def _compute(self, x: Tensor, y: Any, *model_args: Any, **model_kwargs: Any) -> Tensor:
+        """Outside of what torch.compile traces, where it may be part of a training step."""
         check_batch(x, y)
         training = torch.is_grad_enabled()
         if training and not self._is_due():
@@ -134,7 +143,7 @@ class InterpretableGradientLoss(nn.Module):
 
         lam = self._weight()
         with torch.enable_grad():
-            if training and self._recorder and self._recorder.forward:
+            if training and self._recorder and self._recorder.forward and self._recorder.up_to_date():
                 forward = _same_images(self._recorder.forward, x)
             else:
                 forward = forward_without_trace(self.model, x, model_args, model_kwargs, batch_norm=self.batch_norm)
@@ -230,10 +239,19 @@ class InterpretableGradientLoss(nn.Module):
         """Restore the step counter."""
         self._step = int(state)
 
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        """Nothing is missing from a checkpoint of before the loss was there: the counter stays."""
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        missing = rest[2]
+        missing[:] = [key for key in missing if key != f"{prefix}_extra_state"]
+
     def extra_repr(self) -> str:
         """The settings, in the order of the constructor."""
         names = ("error", "lam", "criterion", "batch_norm", "every", "warmup", "activations")
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+
+
+_eager: list[Callable[..., Tensor]] = []  # the loss as torch.compile leaves it alone, once it is asked for
 
 
 def _same_images(recorded: Forward, x: Tensor) -> Forward:

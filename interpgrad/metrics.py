@@ -27,10 +27,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from interpgrad.model import classes_to_explain, evaluation_mode, logits_of
+from interpgrad.model import class_logits, classes_to_explain, evaluation_mode, logits_of
 
 if TYPE_CHECKING:
     from interpgrad.faithfulness import Faithfulness as Faithfulness
+
+
+_PerChannel = float | Sequence[float] | Tensor | None
+_ROUNDING = 1e-5  # by which maps may leave [0, 1]
 
 
 class Protocol(NamedTuple):
@@ -198,8 +202,8 @@ def faithfulness(
     maps: Tensor,
     target: Any = None,
     *,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
+    mean: _PerChannel = None,
+    std: _PerChannel = None,
     protocol: str | Protocol = "rise",
     denominator: str = "1-y",
     chunk_size: int = 64,
@@ -237,26 +241,29 @@ class _Perturbation:
         _check_images(x, maps, chunk_size)
         self.protocol = _resolve(protocol)
         self.model, self.x, self.chunk_size = model, x.detach(), chunk_size
-        self.maps = _resize(maps.detach(), x.shape[-2:])
+        self.maps = _resize(maps.detach().clamp(0, 1), x.shape[-2:])
         self.per_step = self.protocol.rows * x.shape[-1]
         # One order for insertion and deletion.
         order = self.maps.flatten(1).argsort(dim=1, descending=True, stable=True)
         self.rank = order.argsort(dim=1).view_as(self.maps)[:, None]
         self.steps = -(-x.shape[-2] * x.shape[-1] // self.per_step)
-        logits = torch.cat([logits_of(model(images)) for images in torch.split(self.x, chunk_size)])
+        logits = torch.cat([class_logits(logits_of(model(images))) for images in torch.split(self.x, chunk_size)])
         self.classes = classes_to_explain(target, logits)
         self.probability = _probability(logits, self.classes)
 
-    def masked(self, mean: Sequence[float] | None, std: Sequence[float] | None) -> Tensor:
+    def masked(self, mean: _PerChannel, std: _PerChannel) -> Tensor:
         """The probabilities (N,) of the images under their maps."""
         channels = self.x.shape[1]
-        shift, spread = (_per_channel(value, channels, self.x) for value in (mean or [0.0], std or [1.0]))
+        settings = ((mean, 0.0), (std, 1.0))
+        shift, spread = (
+            _per_channel(default if value is None else value, channels, self.x) for value, default in settings
+        )
         found = []
         for x, maps, classes in zip(
             *(torch.split(each, self.chunk_size) for each in (self.x, self.maps, self.classes)), strict=True
         ):
             masked = ((x * spread + shift) * maps[:, None].to(x.dtype) - shift) / spread
-            found.append(_probability(logits_of(self.model(masked)), classes))
+            found.append(_probability(class_logits(logits_of(self.model(masked))), classes))
         return torch.cat(found)
 
     def inserted(self, steps: range) -> Tensor:
@@ -275,7 +282,7 @@ class _Perturbation:
             torch.split(samples, self.chunk_size), torch.split(changed, self.chunk_size), strict=True
         ):
             images = torch.where(self.rank[of_image] < count[:, None, None, None], after[of_image], before[of_image])
-            found.append(_probability(logits_of(self.model(images)), self.classes[of_image]))
+            found.append(_probability(class_logits(logits_of(self.model(images))), self.classes[of_image]))
         return torch.cat(found).view(len(self.x), len(steps))
 
 
@@ -304,10 +311,11 @@ def _ratio(part: Tensor, whole: Tensor) -> Tensor:
     return torch.where(whole > 0, part / whole, 0)
 
 
-def _per_channel(value: Sequence[float], channels: int, x: Tensor) -> Tensor:
-    if len(value) not in (1, channels):
-        raise ValueError(f"expected mean and std to have 1 value or {channels}, one per channel, got {list(value)}.")
-    return torch.as_tensor(value, dtype=x.dtype, device=x.device).view(1, -1, 1, 1)
+def _per_channel(value: float | Sequence[float] | Tensor, channels: int, x: Tensor) -> Tensor:
+    values = torch.as_tensor(value, dtype=x.dtype, device=x.device).flatten()
+    if len(values) not in (1, channels):
+        raise ValueError(f"expected mean and std to have 1 value or {channels}, one per channel, got {len(values)}.")
+    return values.view(1, -1, 1, 1)
 
 
 def _resolve(protocol: str | Protocol) -> Protocol:
@@ -331,7 +339,12 @@ def _check_images(x: Any, maps: Any, chunk_size: int) -> None:
     if maps.isnan().any():
         count = int(maps.isnan().flatten(1).any(1).sum())
         raise ValueError(f"expected maps without NaN, got NaN in {count} of {len(maps)}: mend or drop them first.")
-    if maps.min() < 0 or maps.max() > 1:
+    if not x.isfinite().all():
+        count = int((~x.isfinite()).flatten(1).any(1).sum())
+        raise ValueError(
+            f"expected finite images, got NaN or infinity in {count} of {len(x)}: mend or drop them first."
+        )
+    if maps.min() < -_ROUNDING or maps.max() > 1 + _ROUNDING:
         raise ValueError(
             f"expected maps in [0, 1], got values from {float(maps.min()):.3g} to {float(maps.max()):.3g}: scale each "
             "map, (map - min) / (max - min)."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,23 +20,40 @@ def unwrap(model: nn.Module) -> nn.Module:
     while True:
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             model = model.module
-        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
-            model = inner
+        elif is_compiled_wrapper(model):
+            model = model.get_submodule("_orig_mod")
         else:
             return model
 
 
+def is_compiled_wrapper(model: nn.Module) -> bool:
+    """Whether this is what torch.compile(module) returned: asked of the type, since others may delegate look-ups."""
+    dynamo = sys.modules.get("torch._dynamo.eval_frame")  # not imported before somebody compiles
+    return dynamo is not None and isinstance(model, dynamo.OptimizedModule)
+
+
 def logits_of(output: Any) -> Tensor:
-    """The logits in what a model returned: itself, its `.logits`, or the first of a tuple."""
+    """The logits in what a model returned: itself, its `.logits`, or the first of a tuple that is not a mere loss."""
     logits = getattr(output, "logits", output)
-    if isinstance(logits, (tuple, list)) and logits:
-        logits = logits[0]
-    if not isinstance(logits, Tensor):
+    if isinstance(logits, (tuple, list)):
+        logits = next((each for each in logits if not isinstance(each, Tensor) or each.dim()), None)
+    if not isinstance(logits, Tensor) or not logits.dim():
         raise TypeError(
             "expected the model to return a tensor, an object with .logits or a tuple that begins with a "
             f"tensor, got {type(output).__name__}: wrap the model in a module that returns the logits."
         )
     return logits
+
+
+def class_logits(logits: Tensor) -> Tensor:
+    """Logits (N, C, ...) of classes.
+
+    One logit z for each image, (N,) or (N, 1, ...), counts as two, -z/2 and z/2: their softmax is the sigmoid of z.
+    Others are returned as they are.
+    """
+    if logits.dim() == 1:
+        logits = logits[:, None]
+    return torch.cat([-logits / 2, logits / 2], 1) if logits.dim() > 1 and logits.shape[1] == 1 else logits
 
 
 @contextmanager

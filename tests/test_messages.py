@@ -64,8 +64,8 @@ def test_criteria():
     with raises(ValueError, 'expected batch_norm="frozen" or batch_norm="coupled", got \'eval\''):
         InterpretableGradientLoss(small_net(), batch_norm="eval")
     x, _ = data()
-    for y in (torch.zeros(3, 1).long(), torch.zeros(3, 1).double()):
-        with raises(ValueError, "indices, or probabilities of the shape of the logits, (3, 4)", "of shape (3, 1)"):
+    for y in (torch.zeros(3, 2).long(), torch.zeros(3, 2).double()):
+        with raises(ValueError, "indices, or probabilities of the shape of the logits, (3, 4)", "of shape (3, 2)"):
             InterpretableGradientLoss(small_net())(x, y)
 
 

@@ -21,17 +21,17 @@ MAY_IMPORT = {
     "metrics": {"model", "faithfulness"},  # one name, imported where it is asked for
     "faithfulness": {"metrics"},
     "graph": set(),
-    "criteria": {"autocast", "graph"},
+    "criteria": {"autocast", "graph", "model"},
     "transforms": set(),
     "autocast": set(),
     "double_backward": {"autocast"},
     "guided": {"graph"},
     "frozen": {"double_backward", "graph"},
     "forward": {"autocast", "double_backward", "model"},
-    "gradients": {"autocast", "criteria", "double_backward", "forward", "frozen", "graph", "guided"},
-    "loss": {"autocast", "criteria", "errors", "forward", "gradients", "guided"},
+    "gradients": {"autocast", "criteria", "double_backward", "forward", "frozen", "graph", "guided", "model"},
+    "loss": {"autocast", "criteria", "double_backward", "errors", "forward", "gradients", "guided"},
     "saliency": {"criteria", "forward", "gradients", "guided", "model"},
-    "__init__": {"double_backward", "gradients", "loss", "transforms"},
+    "__init__": {"double_backward", "gradients", "loss", "transforms"},  # and those by name, once they are asked for
 }
 
 

@@ -124,7 +124,7 @@ def test_smoothgrad_of_no_noise_is_the_gradient(monkeypatch):
 def test_augmentation_is_a_crop_mirrored_or_not():
     """Each result is one of the 2 x 81 images that cropping and mirroring give; rotation by 0 degrees is none."""
     x = torch.rand(20, 3, 8, 8)
-    padded = torch.nn.functional.pad(x, (4,) * 4)
+    padded = torch.nn.functional.pad(x, (4,) * 4, mode="reflect")
     crops = [padded[:, :, top : top + 8, left : left + 8] for top in range(9) for left in range(9)]
     possible = torch.stack(crops + [crop.flip(3) for crop in crops], 1)
     result = training.augment(x, torch.Generator().manual_seed(0))

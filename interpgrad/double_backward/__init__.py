@@ -70,8 +70,14 @@ class fast_double_backward(TorchFunctionMode):  # noqa: N801  # type: ignore[mis
             hooks = checkpointing.saved_tensor_hooks()
             if hooks and checkpointing.recompute_in(self.recompute_in, hooks[0]):
                 self.recomputes = True
-            if func in _REPLACEMENTS:
+            if func in _REPLACEMENTS and _is_plain(args[0] if args else kwargs.get("input")):
                 result = _REPLACEMENTS[func](*args, **kwargs)
                 if result is not NotImplemented:
                     return result
         return func(*args, **kwargs)
+
+
+def _is_plain(x: Any) -> bool:
+    """Real numbers in one block of memory, and no transform of torch.func under way: what the replacements are for."""
+    usual = isinstance(x, torch.Tensor) and not (x.is_complex() or x.is_nested)
+    return usual and torch._C._functorch.peek_interpreter_stack() is None

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from interpgrad.autocast import at_least_single
-from interpgrad.double_backward.engine import in_frozen_pass, stock_gradients, tensors_of, wanted
+from interpgrad.double_backward.engine import apply_each, in_frozen_pass, stock_gradients, tensors_of, wanted
 
 aten = torch.ops.aten
 
@@ -88,7 +88,7 @@ class _BatchNorm(Function):
         if ctx.kernel is None or (ctx.of_the_batch and in_frozen_pass()):
             gradients = constant_backward(g, x, weight, mean, invstd, mask)
         elif torch.is_grad_enabled():
-            dx, dweight, dbias = _BatchNormBackward.apply(g, x, weight, mean, invstd, ctx.kernel)
+            dx, dweight, dbias = apply_each(_BatchNormBackward, g, x, weight, mean, invstd, ctx.kernel)
             gradients = dx if mask[0] else None, dweight if mask[1] else None, dbias if mask[2] else None
         else:
             gradients = ctx.kernel.backward(g, x, weight, mean, invstd, mask)
@@ -100,7 +100,7 @@ def constant_backward(
 ) -> Gradients:
     """(dx, dweight, dbias), where the mask is true, of constant statistics."""
     for_x, for_weight, for_bias = mask
-    dx = Scaling.apply(g, weight, invstd) if for_x else None
+    dx = apply_each(Scaling, g, weight, invstd) if for_x else None
     if torch.is_grad_enabled():
         dims = [0, *range(2, g.dim())]
         xhat = (x - channels(mean, x)) * channels(invstd.to(x.dtype), x) if for_weight else None
@@ -125,7 +125,7 @@ class Scaling(Function):
         """Of any order: the operations are differentiable where they have to be."""
         g, weight, invstd = ctx.saved_tensors
         for_g, for_weight = wanted(ctx, ctx.tensors)
-        dg = Scaling.apply(a, weight, invstd) if for_g else None
+        dg = apply_each(Scaling, a, weight, invstd) if for_g else None
         dweight = None
         if for_weight:
             if torch.is_grad_enabled():

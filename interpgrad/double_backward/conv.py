@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from interpgrad.autocast import autocast_dtype, without_autocast
-from interpgrad.double_backward.engine import tensors_of, wanted
+from interpgrad.double_backward.engine import apply_each, tensors_of, wanted
 
 aten = torch.ops.aten
 Geometry = tuple[Sequence[int], Sequence[int], Sequence[int], bool, Sequence[int], int]
@@ -42,7 +42,7 @@ class _Convolution(Function):
         for_x, *for_parameters = wanted(ctx, ctx.tensors)
         if not torch.is_grad_enabled():
             return *_convolution_backward(g, x, weight, ctx.geometry, [for_x, *for_parameters]), None
-        dx = _DataGradient.apply(g, weight, x.detach(), ctx.geometry) if for_x else None
+        dx = apply_each(_DataGradient, g, weight, x.detach(), ctx.geometry) if for_x else None
         dweight = dbias = None
         if any(for_parameters):
             _, dweight, dbias = _convolution_backward(g, x, weight, ctx.geometry, [False, *for_parameters])

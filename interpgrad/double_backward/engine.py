@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.nn.modules import _functions
 
 
 def tensors_of(*inputs: Any) -> tuple[bool, ...]:
@@ -63,6 +64,35 @@ def stock_gradients(
     outputs, gradients = zip(*used, strict=True)
     found = iter(torch.autograd.grad(outputs, differentiable, gradients, create_graph=create_graph, allow_unused=True))
     return [next(found) if each is not None and each.requires_grad else None for each in aliases]
+
+
+def apply_each(function: Any, g: Tensor, *others: Any) -> Any:
+    """function.apply(g, *others), for each of the gradients g alone under `is_grads_batched=True`.
+
+    Under its vmap a Function's result would lose its graph, so that a penalty on a Jacobian trained nothing.
+    """
+    if not torch._C._functorch.is_legacy_batchedtensor(g):
+        return function.apply(g, *others)
+    level = torch._C._vmapmode_increment_nesting() - 1
+    torch._C._vmapmode_decrement_nesting()
+    singles = torch._remove_batch_dim(g, level, 1, 0).unbind()
+    results = [function.apply(each, *others) for each in singles]
+    if isinstance(results[0], Tensor):
+        return torch._add_batch_dim(torch.stack(results), 0, level)
+    parts = zip(*results, strict=True)
+    return tuple(None if each[0] is None else torch._add_batch_dim(torch.stack(each), 0, level) for each in parts)
+
+
+def leave_to_the_engine() -> None:
+    """Have torch.compile not trace the backward passes of this package's Functions.
+
+    Where it compiles a training step, it would trace what `loss.backward()` calls, and take what the engine says there,
+    which pass this is and what it wants, for constants.
+    """
+    for function in (*Function.__subclasses__(), *_functions.SyncBatchNorm.__subclasses__()):
+        if function.__module__.startswith("interpgrad."):
+            eager = torch.compiler.disable(function.backward)  # type: ignore[no-untyped-call]
+            function.backward = staticmethod(eager)  # type: ignore[method-assign]
 
 
 class Root(Function):

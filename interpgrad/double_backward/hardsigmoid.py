@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
+from interpgrad.double_backward.engine import apply_each
+
 aten = torch.ops.aten
 
 
@@ -26,7 +28,7 @@ class _Hardsigmoid(Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
-        return _HardsigmoidBackward.apply(g, x.detach()), None
+        return apply_each(_HardsigmoidBackward, g, x.detach()), None
 
 
 class _HardsigmoidBackward(Function):
@@ -40,7 +42,7 @@ class _HardsigmoidBackward(Function):
 
     @staticmethod
     def backward(ctx: Any, u: Tensor) -> tuple[Tensor, None]:
-        return _HardsigmoidBackward.apply(u, *ctx.saved_tensors), None
+        return apply_each(_HardsigmoidBackward, u, *ctx.saved_tensors), None
 
 
 def _hardsigmoid(input: Tensor, inplace: bool = False) -> Any:

@@ -54,14 +54,14 @@ class LeakyRelu(Function):
 
 
 class Hardtanh(Function):
-    """y = clamp(x, low, high), which saves its output in place, else its input, as the native one does."""
+    """y = clamp(x, low, high), which saves its input, in place a copy of it, as the native one does."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, low: float, high: float, inplace: bool) -> Tensor:
-        y: Tensor = aten.hardtanh_(x, low, high) if inplace else aten.hardtanh(x, low, high)
+        ctx.save_for_backward(x.clone() if inplace else x)
         if inplace:
             ctx.mark_dirty(x)
-        ctx.save_for_backward(y if inplace else x)
+        y: Tensor = aten.hardtanh_(x, low, high) if inplace else aten.hardtanh(x, low, high)
         ctx.limits = low, high
         return y
 

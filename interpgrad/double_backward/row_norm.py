@@ -25,7 +25,7 @@ from torch.autograd import Function
 from interpgrad.autocast import at_least_single, autocast_dtype
 from interpgrad.double_backward import batch_norm
 from interpgrad.double_backward.batch_norm import Gradients
-from interpgrad.double_backward.engine import stock_gradients, tensors_of, wanted
+from interpgrad.double_backward.engine import apply_each, stock_gradients, tensors_of, wanted
 
 aten = torch.ops.aten
 
@@ -100,7 +100,7 @@ class _RowNorm(Function):
         x, *saved = ctx.saved_tensors
         mask = wanted(ctx, ctx.tensors)
         if torch.is_grad_enabled():
-            return *_RowNormBackward.apply(g, x, *saved, ctx.norm, mask), None
+            return *apply_each(_RowNormBackward, g, x, *saved, ctx.norm, mask), None
         return *ctx.norm.backward(g, x, saved, mask), None
 
 

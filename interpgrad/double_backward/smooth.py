@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from interpgrad.autocast import at_least_single
+from interpgrad.double_backward.engine import apply_each
 
 aten = torch.ops.aten
 
@@ -34,7 +35,7 @@ class Gelu(Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Tensor:
-        gradient: Tensor = _Backward.apply(g, *ctx.saved_tensors, aten.gelu_backward, _gelu_second)
+        gradient: Tensor = apply_each(_Backward, g, *ctx.saved_tensors, aten.gelu_backward, _gelu_second)
         return gradient
 
 
@@ -51,7 +52,7 @@ class Silu(Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
-        return _Backward.apply(g, *ctx.saved_tensors, aten.silu_backward, _silu_second), None
+        return apply_each(_Backward, g, *ctx.saved_tensors, aten.silu_backward, _silu_second), None
 
 
 class _Backward(Function):
@@ -69,7 +70,7 @@ class _Backward(Function):
         """Of any order: the operations are differentiable where they have to be."""
         g, x = ctx.saved_tensors
         first, second = ctx.derivatives
-        return _Backward.apply(u, x, first, second), (second(at_least_single(x)) * g * u).to(x.dtype), None, None
+        return apply_each(_Backward, u, x, first, second), (second(at_least_single(x)) * g * u).to(x.dtype), None, None
 
 
 def _gelu_second(x: Tensor) -> Tensor:

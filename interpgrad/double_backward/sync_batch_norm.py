@@ -23,7 +23,7 @@ from torch.nn.modules import _functions as torch_functions
 
 from interpgrad.autocast import at_least_single
 from interpgrad.double_backward.batch_norm import Scaling, channels, constant_backward
-from interpgrad.double_backward.engine import in_frozen_pass, wanted
+from interpgrad.double_backward.engine import apply_each, in_frozen_pass, wanted
 
 
 class _SumOverRanks(Function):
@@ -54,7 +54,7 @@ class _Standardized(Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, mean, invstd = ctx.saved_tensors
         if in_frozen_pass():
-            return Scaling.apply(g, None, invstd), None, None
+            return apply_each(Scaling, g, None, invstd), None, None
         dims = [0, *range(2, x.dim())]
         return g * channels(invstd, x), -g.sum(dims) * invstd, (g * (x - channels(mean, x))).sum(dims)
 

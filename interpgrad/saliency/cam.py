@@ -224,7 +224,15 @@ def _from_gradients(
 
             logits = probe.run(images, begin_graph)
             classes = classes_to_explain(given, logits)
-            (gradient,) = torch.autograd.grad(logits.gather(1, classes[:, None]).sum(), leaf)
+            score = logits.gather(1, classes[:, None]).sum()
+            gradient = None
+            if score.requires_grad:
+                (gradient,) = torch.autograd.grad(score, leaf, allow_unused=True)
+            if gradient is None:
+                raise RuntimeError(
+                    f"expected a layer on the way to the logits, got {layer!r}, from which none comes: choose one that "
+                    "they depend on."
+                )
             with torch.no_grad():
                 a, g = probe.channels(leaf), probe.channels(gradient)
                 maps.append(_map(weights(a, g), a, images))

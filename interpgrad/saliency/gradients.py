@@ -11,7 +11,7 @@ from interpgrad.criteria import Criterion, Derivative, derivative_of
 from interpgrad.forward import check_images, forward_without_trace
 from interpgrad.gradients import gradient_pair
 from interpgrad.guided import check_activations
-from interpgrad.model import classes_to_explain, evaluation_mode, logits_of
+from interpgrad.model import class_logits, classes_to_explain, evaluation_mode, logits_of
 
 
 def gradient(
@@ -89,7 +89,7 @@ def _gradient_pair(
     forward = forward_without_trace(model, images)
     return gradient_pair(
         forward,
-        classes_to_explain(target, forward.logits),
+        classes_to_explain(target, class_logits(forward.logits)),
         derivative=derivative,
         batch_norm="frozen",
         activations=activations,
@@ -123,12 +123,13 @@ def smooth_gradient(
     check_images(x)
     if noise < 0 or samples < 1:
         raise ValueError(f"expected noise >= 0 and samples >= 1, got noise={noise} and samples={samples}.")
+    chunks(x, target, chunk_size)  # for its complaints
     x, size = x.detach(), chunk_size or len(x) * samples
     generator = generator or torch.Generator(x.device).manual_seed(0)
     classes = target
     if target is None:
         with evaluation_mode(model), torch.no_grad():
-            logits = torch.cat([logits_of(model(images)) for images, _ in chunks(x, None, chunk_size)])
+            logits = torch.cat([class_logits(logits_of(model(images))) for images, _ in chunks(x, None, chunk_size)])
             classes = classes_to_explain(None, logits)
     classes = torch.as_tensor(classes, device=x.device).expand(len(x))
     sigma = noise * (x.flatten(1).amax(1) - x.flatten(1).amin(1))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from interpgrad.model import logits_of, unwrap
+from interpgrad.model import class_logits, logits_of, unwrap
 
 Reshape = Callable[[Tensor], Tensor]
 
@@ -46,7 +46,7 @@ class Layer:
 
         handle = self.module.register_forward_hook(hook)
         try:
-            logits = logits_of(self.model(x))
+            logits = class_logits(logits_of(self.model(x)))
         finally:
             handle.remove()
         if not calls:
