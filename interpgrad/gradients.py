@@ -16,12 +16,14 @@ from interpgrad.double_backward import sync_batch_norm
 from interpgrad.forward import Forward, check_batch, forward_without_trace
 from interpgrad.guided import check_activations, guided_backward
 from interpgrad.model import class_logits
+from interpgrad.signals import uninterrupted
 
 BATCH_NORM = ("frozen", "coupled")
 
 _ATTEMPTS = 4  # at a scale for float16
 
 
+@uninterrupted
 def input_gradients(
     model: nn.Module,
     x: Tensor,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from interpgrad.errors import ERRORS, cos
 from interpgrad.forward import Forward, Recorder, check_batch, forward_without_trace
 from interpgrad.gradients import check_batch_norm, gradient_pair
 from interpgrad.guided import check_activations
+from interpgrad.signals import uninterrupted, uninterrupted_context
 
 
 class InterpretableGradientLoss(nn.Module):
@@ -133,6 +133,7 @@ class InterpretableGradientLoss(nn.Module):
         term: Tensor = _eager[0](self, x, y, *model_args, **model_kwargs)
         return term
 
+    @uninterrupted
     def _compute(self, x: Tensor, y: Any, *model_args: Any, **model_kwargs: Any) -> Tensor:
         """Outside of what torch.compile traces, where it may be part of a training step."""
         check_batch(x, y)
@@ -186,7 +187,7 @@ class InterpretableGradientLoss(nn.Module):
             )
         return value
 
-    @contextmanager
+    @uninterrupted_context
     def shared_forward(self) -> Iterator[None]:
         """Record the forward pass of the model inside, for the next call of the loss.
 

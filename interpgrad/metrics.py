@@ -160,7 +160,7 @@ def insertion_curve(
     >>> insertion_curve(model, torch.randn(2, 3, 4, 4), torch.rand(2, 4, 4)).shape
     torch.Size([2, 5])
     """
-    with evaluation_mode(model), torch.no_grad():
+    with evaluation_mode(model, gradients=False):
         images = _Perturbation(model, x, maps, target, protocol, chunk_size)
         return images.inserted(range(images.steps + 1))
 
@@ -182,7 +182,7 @@ def deletion_curve(
     >>> deletion_curve(model, torch.randn(2, 3, 4, 4), torch.rand(2, 4, 4)).shape
     torch.Size([2, 5])
     """
-    with evaluation_mode(model), torch.no_grad():
+    with evaluation_mode(model, gradients=False):
         images = _Perturbation(model, x, maps, target, protocol, chunk_size)
         return images.deleted(range(images.steps + 1))
 
@@ -217,7 +217,7 @@ def faithfulness(
     >>> sorted(faithfulness(model, torch.rand(2, 3, 4, 4), torch.rand(2, 4, 4)))
     ['AD', 'AG', 'AI', 'DEL', 'INS']
     """
-    with evaluation_mode(model), torch.no_grad():
+    with evaluation_mode(model, gradients=False):
         images = _Perturbation(model, x, maps, target, protocol, chunk_size)
         y, o = images.probability, images.masked(mean, std)
         # The image itself ends the one curve and begins the other.

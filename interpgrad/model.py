@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from interpgrad.signals import uninterrupted_context
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -56,14 +57,16 @@ def class_logits(logits: Tensor) -> Tensor:
     return torch.cat([-logits / 2, logits / 2], 1) if logits.dim() > 1 and logits.shape[1] == 1 else logits
 
 
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode; afterwards every module in the mode it was in."""
-    modes = [(module, module.training) for module in model.modules()]
+@uninterrupted_context
+def evaluation_mode(model: nn.Module, *, gradients: bool) -> Iterator[None]:
+    """The model in evaluation mode, and gradients recorded or not; afterwards all modes as they were."""
+    modes, recorded = [(module, module.training) for module in model.modules()], torch.is_grad_enabled()
     try:
         model.eval()
+        torch.set_grad_enabled(gradients)
         yield
     finally:
+        torch.set_grad_enabled(recorded)
         for module, training in modes:
             module.training = training
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from interpgrad import signals
 from interpgrad.double_backward import (
     attention,
     batch_norm,
@@ -49,22 +50,29 @@ class fast_double_backward(TorchFunctionMode):  # noqa: N801  # type: ignore[mis
         # The context for what is checkpointed inside.
         self.recompute_in: Callable[[], AbstractContextManager[Any]] = fast_double_backward
         self.recomputes = False  # whether anything is
-        self._selections: list[AbstractContextManager[None]] = []
+        self._entered: list[tuple[AbstractContextManager[None], int]] = []  # attention's, and the modes before it
 
+    @signals.uninterrupted
     def __enter__(self) -> Any:
         """Select the attention kernel that can be differentiated twice, and begin to replace."""
         selection = attention.differentiable_attention()
         selection.__enter__()
-        self._selections.append(selection)
+        self._entered.append((selection, torch._C._len_torch_function_stack()))
+        signals.enter()
         return super().__enter__()  # type: ignore[no-untyped-call]
 
+    @signals.uninterrupted
     def __exit__(self, *raised: Any) -> None:
         """Leave both as they were."""
-        super().__exit__(*raised)  # type: ignore[no-untyped-call]
-        self._selections.pop().__exit__(None, None, None)
+        selection, depth = self._entered.pop()
+        if torch._C._len_torch_function_stack() > depth:  # torch may have lost it, where it was interrupted
+            super().__exit__(*raised)  # type: ignore[no-untyped-call]
+        selection.__exit__(None, None, None)
+        signals.leave()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Replace what is worth replacing."""
+        signals.point()
         kwargs = kwargs or {}
         if func in _CONCERNED and torch.is_grad_enabled():
             hooks = checkpointing.saved_tensor_hooks()

@@ -131,7 +131,7 @@ def score_cam(
     """
     probe = _prepare(model, x, layer, reshape)
     maps = []
-    with evaluation_mode(model), torch.no_grad():
+    with evaluation_mode(model, gradients=False):
         black = probe.run(torch.zeros_like(x[:1]), lambda _: None)
         for images, given in chunks(x.detach(), target, chunk_size):
             a, classes, _ = _read(probe, images, given)
@@ -169,7 +169,7 @@ def ablation_cam(
     """
     probe = _prepare(model, x, layer, reshape)
     maps = []
-    with evaluation_mode(model), torch.no_grad():
+    with evaluation_mode(model, gradients=False):
         for images, given in chunks(x.detach(), target, _IMAGES if chunk_size is None else min(chunk_size, _IMAGES)):
             a, classes, score = _read(probe, images, given)
             alive = a.flatten(2).any(2)
@@ -213,7 +213,7 @@ def _from_gradients(
     """Maps whose weights are a function of A and G, (N, K, h, w) both."""
     probe = _prepare(model, x, layer, reshape)
     maps = []
-    with evaluation_mode(model), torch.enable_grad():
+    with evaluation_mode(model, gradients=True):
         for images, given in chunks(x.detach(), target, chunk_size):
             leaf = torch.empty(0)
 

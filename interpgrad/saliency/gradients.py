@@ -12,6 +12,7 @@ from interpgrad.forward import check_images, forward_without_trace
 from interpgrad.gradients import gradient_pair
 from interpgrad.guided import check_activations
 from interpgrad.model import class_logits, classes_to_explain, evaluation_mode, logits_of
+from interpgrad.signals import uninterrupted
 
 
 def gradient(
@@ -47,7 +48,7 @@ def gradient(
     check_images(x)
     derivative = derivative_of(criterion)
     parts: list[Tensor] = []
-    with evaluation_mode(model), torch.enable_grad():
+    with evaluation_mode(model, gradients=True):
         for images, given in chunks(x.detach(), target, chunk_size):
             parts.append(_gradient_pair(model, images, given, derivative, None)[0])
     return torch.cat(parts)
@@ -77,12 +78,13 @@ def guided_gradient(
     check_activations(activations)
     derivative = derivative_of(criterion)
     parts = []
-    with evaluation_mode(model), torch.enable_grad():
+    with evaluation_mode(model, gradients=True):
         for images, given in chunks(x.detach(), target, chunk_size):
             parts.append(_gradient_pair(model, images, given, derivative, activations)[1])
     return torch.cat(parts)
 
 
+@uninterrupted
 def _gradient_pair(
     model: nn.Module, images: Tensor, target: Any, derivative: Derivative, activations: str | None
 ) -> tuple[Tensor, Tensor]:
@@ -128,7 +130,7 @@ def smooth_gradient(
     generator = generator or torch.Generator(x.device).manual_seed(0)
     classes = target
     if target is None:
-        with evaluation_mode(model), torch.no_grad():
+        with evaluation_mode(model, gradients=False):
             logits = torch.cat([class_logits(logits_of(model(images))) for images, _ in chunks(x, None, chunk_size)])
             classes = classes_to_explain(None, logits)
     classes = torch.as_tensor(classes, device=x.device).expand(len(x))

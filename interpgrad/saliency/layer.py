@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from interpgrad.model import class_logits, logits_of, unwrap
+from interpgrad.signals import uninterrupted
 
 Reshape = Callable[[Tensor], Tensor]
 
@@ -26,6 +27,7 @@ class Layer:
         self.module, self.name = _find(self.model, layer)
         self.reshape = reshape
 
+    @uninterrupted
     def run(self, x: Tensor, change: Callable[[Tensor], Tensor | None]) -> Tensor:
         """The logits of x, with the layer's output replaced by what `change` makes of it (None: left as it is)."""
         calls = 0
