@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from interpgrad import signals
 from interpgrad.double_backward import (
@@ -50,24 +50,24 @@ class fast_double_backward(TorchFunctionMode):  # noqa: N801  # type: ignore[mis
         # The context for what is checkpointed inside.
         self.recompute_in: Callable[[], AbstractContextManager[Any]] = fast_double_backward
         self.recomputes = False  # whether anything is
-        self._entered: list[tuple[AbstractContextManager[None], int]] = []  # attention's, and the modes before it
+        self._selections: list[AbstractContextManager[None]] = []
 
     @signals.uninterrupted
     def __enter__(self) -> Any:
         """Select the attention kernel that can be differentiated twice, and begin to replace."""
         selection = attention.differentiable_attention()
         selection.__enter__()
-        self._entered.append((selection, torch._C._len_torch_function_stack()))
+        self._selections.append(selection)
         signals.enter()
         return super().__enter__()  # type: ignore[no-untyped-call]
 
     @signals.uninterrupted
     def __exit__(self, *raised: Any) -> None:
         """Leave both as they were."""
-        selection, depth = self._entered.pop()
-        if torch._C._len_torch_function_stack() > depth:  # torch may have lost it, where it was interrupted
+        # Torch may have lost the mode, where its own handling of it was interrupted.
+        if any(isinstance(mode, fast_double_backward) for mode in _get_current_function_mode_stack()):  # type: ignore[no-untyped-call]
             super().__exit__(*raised)  # type: ignore[no-untyped-call]
-        selection.__exit__(None, None, None)
+        self._selections.pop().__exit__(None, None, None)
         signals.leave()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
