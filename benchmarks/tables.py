@@ -14,7 +14,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "benchmarks")]
+sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "examples" / "paper"), str(ROOT / "benchmarks")]
 
 
 def overhead(stored: dict[str, Any]) -> str:
@@ -81,6 +81,20 @@ def groups(*names: str) -> Callable[[dict[str, Any]], str]:
         return paired_table(rows, str(PLAIN)) + (f"\n\nNot run yet: {'; '.join(absent)}." if absent else "")
 
     return render
+
+
+def cifar10_gradients(stored: dict[str, Any]) -> str:
+    """All of CIFAR-10: both gradients."""
+    from compare import gradients_table
+
+    return gradients_table(stored)
+
+
+def cifar10_maps(stored: dict[str, Any]) -> str:
+    """All of CIFAR-10: maps under metrics."""
+    from compare import maps_table
+
+    return maps_table(stored)
 
 
 def attempts(stored: dict[str, Any]) -> str:

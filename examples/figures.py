@@ -25,6 +25,8 @@ HEADINGS = {
     "classes": "cos(δ₁, δ₂)",
     "logit cosine": "cos(δ, δᴳ) of the logit",
     "insertion": "insertion of |δ|/y",
+    "own": "cos(δ, its SmoothGrad)",
+    "random": "cos(δ, δ of random weights)",
     "ms/step": "ms per step",
 }
 SAMPLES = (1, 2, 4, 8, 16, 32)  # of SmoothGrad

@@ -39,7 +39,7 @@ MAY_IMPORT = {
         "guided",
         "model",
         "signals",
-    },  # noqa: E501
+    },
     "loss": {"autocast", "criteria", "double_backward", "errors", "forward", "gradients", "guided", "signals"},
     "saliency": {"criteria", "forward", "gradients", "guided", "model", "signals"},
     "__init__": {"double_backward", "gradients", "loss", "transforms"},  # and those by name, once they are asked for

@@ -1,0 +1,154 @@
+"""Settings over seeds: the gradients' figures, and every map under every metric, as differences to one of them.
+
+    python examples/paper/compare.py runs/cifar10 --base without --json benchmarks/results/cifar10.json
+
+Reads what train.py and measure.py left in folders NAME-SEED, prints the tables, stores what they are made of.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+sys.path.append(str(Path(__file__).parent.parent))
+from evaluate import METRICS, TITLES
+from figures import both_gradients, paired_table, worth
+
+STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+
+
+def interval(differences: Tensor) -> tuple[float, float, float]:
+    """The mean of differences (seeds, images), and its 95% interval: over other seeds, and over other images.
+
+    Both deviations of the mean are added in quadrature: Student's over the seeds' means, the normal one over the
+    images' means. Of one seed, the images' alone.
+    """
+    seeds, images = differences.shape
+    of_images = 1.96 * float(differences.mean(0).std()) / math.sqrt(images)
+    of_seeds = STUDENT[seeds - 1] * float(differences.mean(1).std()) / math.sqrt(seeds) if seeds > 1 else 0.0
+    mean, half = float(differences.mean()), math.hypot(of_images, of_seeds)
+    return mean, mean - half, mean + half
+
+
+def read(folder: Path) -> dict[str, dict[str, dict[str, Any]]]:
+    """Name -> seed -> what was measured of that run."""
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for path in sorted(folder.glob("*-*/figures.json")):
+        name, _, seed = path.parent.name.rpartition("-")
+        maps = {method: path.parent / f"{path.parent.name}-{method}.json" for method in TITLES}
+        if all(each.exists() for each in maps.values()):
+            run = json.loads((path.parent / "run.json").read_text())
+            figures = json.loads(path.read_text())
+            values = {method: json.loads(each.read_text()) for method, each in maps.items()}
+            found.setdefault(name, {})[seed] = {"run": run, "figures": figures, "maps": values}
+    return found
+
+
+def compared(runs: dict[str, dict[str, dict[str, Any]]], base: str) -> dict[str, Any]:
+    """What the tables show."""
+    first = next(iter(runs[base].values()))
+    stored: dict[str, Any] = {
+        "base": base,
+        "images": first["maps"]["grad_cam"]["settings"]["images"],
+        "protocol": first["maps"]["grad_cam"]["settings"]["protocol"],
+        "torch": first["run"]["torch"],
+        "options": {name: each["run"]["options"] for name, seeds in runs.items() for each in list(seeds.values())[:1]},
+        "figures": {name: {seed: each["figures"] for seed, each in seeds.items()} for name, seeds in runs.items()},
+        "maps": {},
+    }
+    for method in TITLES:
+        for name, seeds in runs.items():
+            row: dict[str, Any] = {}
+            for metric in METRICS:
+                row[metric] = {"mean": float(percent(seeds, list(seeds), method, metric).mean())}
+                common = [seed for seed in seeds if seed in runs[base]]
+                if name != base and common:
+                    after, before = (percent(each, common, method, metric) for each in (seeds, runs[base]))
+                    row[metric]["difference"] = interval(after - before)
+            stored["maps"].setdefault(method, {})[name] = row
+    return stored
+
+
+def percent(runs: dict[str, dict[str, Any]], seeds: list[str], method: str, metric: str) -> Tensor:
+    """A metric of every image, (seeds, images)."""
+    values = [runs[seed]["maps"][method]["values"][metric] for seed in seeds]
+    return 100 * torch.tensor(values, dtype=torch.float64)
+
+
+def gradients_table(stored: dict[str, Any]) -> str:
+    """Both gradients, and what averaging adds."""
+    rows = {
+        name: {
+            seed: both_gradients(figures)
+            | {"own": figures["smoothed"]["own"][3], "insertion": figures["smoothed"]["insertion"][0]}
+            | {"random": figures["randomized"]["cosine, all layers"]}
+            for seed, figures in seeds.items()
+        }
+        for name, seeds in stored["figures"].items()
+    }
+    base = stored["base"]
+    lines = [paired_table(rows, base), ""]
+    plain = [statistics.fmean(each) for each in zip(*_insertions(stored, base), strict=True)]
+    for name in rows:
+        if name != base:
+            value = statistics.fmean(each[0] for each in _insertions(stored, name))
+            curve = ", ".join(f"{each:.3f}" for each in plain)
+            lines.append(
+                f"By insertion, one gradient of *{name}* ({value:.3f}) is worth {worth(plain, value):.1f} samples of "
+                f"SmoothGrad of *{base}* ({curve} at 0, 1, 2, 4, ... samples)."
+            )
+    return "\n".join(lines)
+
+
+def _insertions(stored: dict[str, Any], name: str) -> list[list[float]]:
+    return [figures["smoothed"]["insertion"] for figures in stored["figures"][name].values()]
+
+
+def maps_table(stored: dict[str, Any]) -> str:
+    """Means in percent, and differences to the base with their intervals; * where they exclude 0."""
+    lines = ["| map | setting | " + " | ".join(METRICS.values()) + " |", "| --- | --- |" + " --- |" * len(METRICS)]
+    for method, rows in stored["maps"].items():
+        for name, row in rows.items():
+            cells = []
+            for metric in METRICS:
+                cell = f"{row[metric]['mean']:.1f}"
+                if "difference" in row[metric]:
+                    mean, low, high = row[metric]["difference"]
+                    cell = f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]{'' if low <= 0 <= high else ' *'}"
+                cells.append(cell)
+            lines.append(f"| {TITLES[method]} | {name} | " + " | ".join(cells) + " |")
+    seeds = ", ".join(f"{name} {len(each)}" for name, each in stored["figures"].items())
+    lines += ["", f"{stored['images']}; seeds: {seeds}; {stored['protocol']}. In percent. The rows below "]
+    lines[-1] += f"*{stored['base']}* are differences to it, with 95% intervals over seeds and images."
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("runs", type=Path, help="folder of folders NAME-SEED")
+    parser.add_argument("--base", default="without", help="what the others are compared with (%(default)s)")
+    parser.add_argument("--json", type=Path, help="store the result here")
+    options = parser.parse_args()
+    runs = read(options.runs)
+    if options.base not in runs:
+        print(
+            f"compare: expected measured runs {options.base}-SEED in {options.runs}, found {list(runs)}.",
+            file=sys.stderr,
+        )
+        sys.exit(2)
+    stored = compared(runs, options.base)
+    print(gradients_table(stored), "\n\n" + maps_table(stored))
+    if options.json:
+        options.json.write_text(json.dumps(stored, ensure_ascii=False) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""The experiments: networks, a training that is killed, a miniature of the whole way from training to tables."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+ROOT = Path(__file__).parent.parent
+pytest.importorskip("torchvision")
+pytest.importorskip("sklearn")
+sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "examples" / "paper")]
+import compare  # noqa: E402
+import images  # noqa: E402
+import networks  # noqa: E402
+import train  # noqa: E402
+from test_quickstart import folder  # noqa: E402, F401  # a fixture
+
+
+def run(name, *arguments, **options):
+    command = [sys.executable, str(ROOT / "examples" / "paper" / name), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
+
+
+SMALL = ("--network", "small_resnet", "--width", 4, "--limit", 8, "--batch", 4, "--epochs", 3)
+
+
+@pytest.mark.parametrize(("name", "parameters"), [("resnet18", 11.22), ("mobilenet_v2", 2.37)])
+def test_networks(name, parameters):
+    """As many parameters as the paper's, and maps of 4x4 pixels before they are averaged."""
+    build, _ = networks.NETWORKS[name]
+    model = build(100)
+    assert sum(each.numel() for each in model.parameters()) / 1e6 == pytest.approx(parameters, abs=0.005)
+    x = torch.rand(2, 3, 32, 32)
+    assert model(x).shape == (2, 100)
+    averaged = next(index for index, layer in enumerate(model) if isinstance(layer, nn.AdaptiveAvgPool2d))
+    assert model[:averaged](x).shape[2:] == (4, 4)
+    assert sum(each.numel() for each in build(10, 0.25 if parameters < 3 else 16).parameters()) < 1e6
+
+
+def weights(output):
+    return torch.load(output / "checkpoint.pt", weights_only=True)["run"]["model"]
+
+
+def trained(monkeypatch, *arguments):
+    """train.py, in this process."""
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
+    return train.train(train.arguments())
+
+
+def test_killed_and_continued(folder, tmp_path, monkeypatch):  # noqa: F811
+    """At any moment: the weights are those of the run that was left alone, bit for bit."""
+    options = (*SMALL, "--every", 2, "--data", folder)
+    trained(monkeypatch, *options, "--output", tmp_path / "whole")
+    command = [sys.executable, ROOT / "examples/paper/train.py", *options, "--output", tmp_path / "killed"]
+    process = subprocess.Popen([str(each) for each in command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (tmp_path / "killed" / "checkpoint.pt").exists():
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed" / "run.json").exists()
+    trained(monkeypatch, *options, "--output", tmp_path / "killed")
+    first, second = weights(tmp_path / "whole"), weights(tmp_path / "killed")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    with pytest.raises(images.BadInputError, match=r"\['lr'\] differ"):
+        trained(monkeypatch, *options, "--lr", 0.3, "--output", tmp_path / "killed")
+
+
+def test_from_training_to_tables(folder, tmp_path, monkeypatch):  # noqa: F811
+    runs = tmp_path / "runs"
+    for name, lam in (("without", 0), ("with", 0.3)):
+        for seed in (0, 1):
+            settings = ("--lam", lam, "--seed", seed, "--epochs", 1, "--one-cycle", "--rotation", 0)
+            trained(monkeypatch, *SMALL, *settings, "--data", folder, "--output", runs / f"{name}-{seed}")
+    result = run("measure.py", *sorted(runs.iterdir()), "--data", folder, "--limit", 4, "--protocol", "ca_stream")
+    assert result.returncode == 0, result.stderr
+    result = run("compare.py", runs, "--json", tmp_path / "compared.json")
+    assert result.returncode == 0, result.stderr
+    assert "4 images of 32x32; seeds: with 2, without 2" in result.stdout
+    assert re.search(r"\| Score-CAM \| with \| [+-]\d+\.\d \[", result.stdout)
+    assert re.search(r"one gradient of \*with\* \(\d\.\d+\) is worth (\d+\.\d|inf) samples", result.stdout)
+    stored = json.loads((tmp_path / "compared.json").read_text())
+    assert compare.maps_table(stored) in result.stdout
+    before, after = (stored["maps"]["grad_cam"][name]["INS"] for name in ("without", "with"))
+    mean, low, high = after["difference"]
+    assert mean == pytest.approx(after["mean"] - before["mean"])
+    assert low < mean < high
+
+
+def test_the_interval_covers():
+    """Of 200 experiments with deviations over seeds and images, about 95% hold the truth."""
+    generator = torch.Generator().manual_seed(0)
+    covered = 0
+    for _ in range(200):
+        seeds = torch.randn(3, 1, generator=generator, dtype=torch.float64)
+        images = 5 * torch.randn(1, 50, generator=generator, dtype=torch.float64)
+        noise = torch.randn(3, 50, generator=generator, dtype=torch.float64)
+        _, low, high = compare.interval(1 + seeds + images + noise)
+        covered += low <= 1 <= high
+    assert 185 <= covered <= 200
