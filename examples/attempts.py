@@ -101,26 +101,26 @@ class Attempt:
     finetuned: bool = False  # the loss joins after a whole training without it
 
 
-RECIPE = Setting()
+BASE = Setting()
 STRONG = Setting(1.0)
 ATTEMPTS = {
     "without": Attempt(PLAIN),
-    "the loss": Attempt(RECIPE),
+    "the loss": Attempt(BASE),
     "the loss, λ = 1": Attempt(STRONG),
     "the loss, differentiated log_prob": Attempt(Setting(criterion="differentiated log_prob")),
     "the loss, logit": Attempt(Setting(criterion="logit")),
     "slower ramp, λ = 1": Attempt(replace(STRONG, warmup=1.0)),
-    "last stage guided": Attempt(RECIPE, network=guided_in_last_stage),
+    "last stage guided": Attempt(BASE, network=guided_in_last_stage),
     "last stage guided, λ = 1": Attempt(STRONG, network=guided_in_last_stage),
-    "gradient at the last stage": Attempt(RECIPE, AtLastStage),
+    "gradient at the last stage": Attempt(BASE, AtLastStage),
     "gradient at the last stage, λ = 1": Attempt(STRONG, AtLastStage),
-    "towards its own 3x3 mean": Attempt(replace(RECIPE, error="own mean", low_pass=False)),
-    "towards its own SmoothGrad": Attempt(RECIPE, TowardsSmoothGrad),
+    "towards its own 3x3 mean": Attempt(replace(BASE, error="own mean", low_pass=False)),
+    "towards its own SmoothGrad": Attempt(BASE, TowardsSmoothGrad),
     "twice as long, without": Attempt(PLAIN, epochs=2 * EPOCHS),
-    "twice as long": Attempt(RECIPE, epochs=2 * EPOCHS),
+    "twice as long": Attempt(BASE, epochs=2 * EPOCHS),
     "twice as long, λ = 1": Attempt(STRONG, epochs=2 * EPOCHS),
     "fine-tuned, without": Attempt(PLAIN, finetuned=True),
-    "fine-tuned": Attempt(RECIPE, finetuned=True),
+    "fine-tuned": Attempt(BASE, finetuned=True),
 }
 
 

@@ -23,7 +23,7 @@ from classifiers import save, small_resnet
 from figures import evaluate, gradients, table
 from images import BadInputError, Images, digits_on_photographs, photographs
 from tqdm import tqdm
-from training import PLAIN, Run, Setting, augment, one_cycle
+from training import PLAIN, RECIPE, Run, Setting, augment, one_cycle
 
 
 def train(images: Images, settings: list[Setting], seed: int, epochs: int, batch: int = 64) -> list[Run]:
@@ -99,7 +99,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="a run of a minute, too short to conclude anything")
     parser.add_argument("--data", type=Path, help="folder with train/ and test/ (or val/), one folder per class")
     parser.add_argument("--limit", type=positive, help="at most this many training images")
-    Setting.add_arguments(parser)
+    Setting.add_arguments(parser, defaults=RECIPE)
     parser.add_argument("--epochs", type=positive, help="(8, quick: 2)")
     parser.add_argument("--seeds", type=positive, help="number of seeds (3)")
     parser.add_argument("--output", type=Path, default=Path("demo.png"), help="the picture (%(default)s)")
@@ -137,7 +137,7 @@ def main() -> None:
         return figures | {"ms/step": statistics.median(run.milliseconds)}
 
     figures, runs = compare(images, [PLAIN, setting], seeds, epochs, measure)
-    rows = {"without": figures[0], f"with, λ = {setting.lam:g}": figures[1]}
+    rows = {"without": figures[0], f"with, {setting}": figures[1]}
     print(f"\nmean ± standard deviation over {len(seeds)} seeds, δ of the log-probability\n\n{table(rows)}\n")
     if images.evidence is not None:
         print(f"chance: {images.evidence.float().mean():.3f} of the pixels belong to a digit")

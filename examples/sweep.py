@@ -18,20 +18,21 @@ from figures import evaluate, randomized, smoothed
 from images import digits_on_photographs
 from jobs import run_missing
 from quickstart import train
-from training import CRITERIA, PAPER, PLAIN, Setting
+from training import CRITERIA, PAPER, PLAIN, RECIPE, Setting
 
 EPOCHS = 8
 WEIGHTS = (0.1, 0.3, 1.0, 0.03, 3.0, 0.0075)
-RECIPE = Setting()
+BASE = Setting()  # the recipe, but for its schedule
 OBJECTS = [Setting(lam, criterion) for criterion in CRITERIA for lam in WEIGHTS[:3]]
 # name of a group -> its settings and seeds; a setting keeps the figures it has, whatever group they were made for
 GROUPS: dict[str, tuple[list[Setting], int]] = {
     "object": ([PLAIN, RECIPE, PAPER, *OBJECTS], 3),
     "schedule": (
-        [dataclasses.replace(RECIPE, every=every) for every in (2, 4, 8)]
-        + [dataclasses.replace(RECIPE, start=1 - share) for share in (1 / 2, 1 / 3, 1 / 5)],
+        [dataclasses.replace(BASE, every=every) for every in (2, 4, 8)]
+        + [dataclasses.replace(BASE, start=1 - share) for share in (1 / 2, 1 / 3, 1 / 5)],
         3,
     ),
+    "late": ([Setting(lam, every=every, start=0.5) for every in (4, 1) for lam in (0.3, 1.0)], 3),
     "five seeds": ([PLAIN, RECIPE, PAPER, *OBJECTS], 5),
     "weight": ([Setting(lam, criterion) for lam in WEIGHTS for criterion in CRITERIA], 3),
     "coupled": ([Setting(lam, criterion, batch_norm="coupled") for lam in WEIGHTS for criterion in CRITERIA], 3),
@@ -54,7 +55,7 @@ def measure(setting: Setting, seed: int) -> dict[str, Any]:
     images = digits_on_photographs(6000, 1000)
     (run,) = train(images, [setting], seed, EPOCHS)
     figures: dict[str, Any] = {name: evaluate(run.model, images, name) for name in ("log_prob", "logit")}
-    if setting in (PLAIN, RECIPE):
+    if setting in (PLAIN, BASE, RECIPE):
         figures |= {"smoothed": smoothed(run.model, images), "randomized": randomized(run.model, images)}
     return figures
 

@@ -19,7 +19,8 @@ from interpgrad.autocast import without_autocast
 from interpgrad.double_backward import fast_double_backward
 from interpgrad.double_backward.engine import Root
 from interpgrad.double_backward.sync_batch_norm import replaced_sync_batch_norm
-from interpgrad.model import is_compiled_wrapper, logits_of, unwrap
+from interpgrad.model import logits_of, unwrap
+from interpgrad.private import frees_parameters, is_compiled_in_place, is_compiled_wrapper
 
 _ROOT: Any = Root._backward_cls
 
@@ -289,7 +290,7 @@ def _eager() -> AbstractContextManager[None]:
 
 
 def _is_compiled(module: nn.Module) -> bool:
-    return any(part._compiled_call_impl is not None or is_compiled_wrapper(part) for part in module.modules())
+    return any(is_compiled_in_place(part) or is_compiled_wrapper(part) for part in module.modules())
 
 
 def _refuse_unusable(module: nn.Module) -> None:
@@ -300,14 +301,10 @@ def _refuse_unusable(module: nn.Module) -> None:
                 f"expected nn.Modules, got a TorchScript module ({part.original_name}), whose graph hides its "
                 "activations: use the nn.Module it was scripted from."
             )
-        if hasattr(part, "set_reshard_after_backward"):
-            state: Any = part._get_fsdp_state()  # type: ignore[operator]
-            # A list of groups in newer releases.
-            groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
-            if any(getattr(group, "reshard_after_backward", False) for group in groups):
-                raise RuntimeError(
-                    "expected parameters that stay after a backward pass, got an FSDP2 module that frees them "
-                    f"({type(part).__name__}): call model.set_reshard_after_backward(False) before the forward pass, "
-                    "and model.set_reshard_after_backward(True) before loss.backward(), or the next step uses old "
-                    "parameters."
-                )
+        if frees_parameters(part):
+            raise RuntimeError(
+                "expected parameters that stay after a backward pass, got an FSDP2 module that frees them "
+                f"({type(part).__name__}): call model.set_reshard_after_backward(False) before the forward pass, "
+                "and model.set_reshard_after_backward(True) before loss.backward(), or the next step uses old "
+                "parameters."
+            )

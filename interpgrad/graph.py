@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import Node
 
+from interpgrad import private
+
 # What hides the activations behind one node, and the way out.
 _OPAQUE = {
     "CompiledFunction": "a torch.compile graph has no double backward and hides its activations; call the "
@@ -71,7 +73,7 @@ def _operation(name: str) -> str:
 
 def casts_to(dtype: torch.dtype, recorded: Operations) -> bool:
     """Whether anything is cast to dtype on the way: by autocast, wherever that was on, or by hand."""
-    return any(gradient.dtype == dtype for node in recorded.get("ToCopy", ()) for gradient in node._input_metadata)
+    return any(private.casts_to(node, dtype) for node in recorded.get("ToCopy", ()))
 
 
 def refuse_opaque(recorded: Operations) -> None:
@@ -111,7 +113,7 @@ def refuse_failing_double_backward(delta: Tensor, until: Tensor) -> None:
     for node in nodes(delta, until):
         if node.name().endswith(("::NotImplemented", "::Error")):
             try:  # the node is a placeholder; called, it says which derivative is missing
-                node(*[torch.zeros(()) for _ in getattr(node, "_input_metadata", ())])  # type: ignore[operator]
+                node(*[torch.zeros(()) for _ in range(private.inputs_of(node))])  # type: ignore[operator]
             except (RuntimeError, TypeError) as reason:
                 _refuse_double_backward(str(reason), "PyTorch has no such derivative")
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from interpgrad.private import is_compiled_wrapper
 from interpgrad.signals import uninterrupted_context
 
 
@@ -25,12 +25,6 @@ def unwrap(model: nn.Module) -> nn.Module:
             model = model.get_submodule("_orig_mod")
         else:
             return model
-
-
-def is_compiled_wrapper(model: nn.Module) -> bool:
-    """Whether this is what torch.compile(module) returned: asked of the type, since others may delegate look-ups."""
-    dynamo = sys.modules.get("torch._dynamo.eval_frame")  # not imported before somebody compiles
-    return dynamo is not None and isinstance(model, dynamo.OptimizedModule)
 
 
 def logits_of(output: Any) -> Tensor:

@@ -19,9 +19,10 @@ from torch.utils.data import TensorDataset
 sys.path.append(str(Path(__file__).parent.parent))
 from classifiers import Network, last_layer, network_of
 from evaluate import TITLES, Task, add_protocol, evaluate_once
-from figures import OBJECTS, evaluate, randomized, smoothed
+from figures import evaluate, randomized, smoothed
 from images import BadInputError, Images
 from networks import build
+from quickstart import positive
 from train import read
 
 
@@ -36,9 +37,16 @@ def load(folder: Path, images: Images) -> Network:
     return network_of(folder.name, model)
 
 
-def gradients_of(network: Network, images: Images, few: Images) -> dict[str, Any]:
-    """Figures of both gradients on all test images; of their smoothed and randomized kin on a few."""
-    found: dict[str, Any] = {name: evaluate(network.model, images, name) for name in OBJECTS if name != "cross_entropy"}
+def some(images: Images, count: int | None) -> Images:
+    """Of the test images so many, taken evenly."""
+    x, y = images.test
+    chosen = torch.linspace(0, len(x) - 1, min(count or len(x), len(x))).long()
+    return Images(images.name, images.classes, images.train, (x[chosen], y[chosen]))
+
+
+def gradients_of(network: Network, many: Images, few: Images) -> dict[str, Any]:
+    """Figures of both gradients on many images; of their smoothed and randomized kin on a few."""
+    found: dict[str, Any] = {name: evaluate(network.model, many, name) for name in ("log_prob", "logit")}
     return found | {"smoothed": smoothed(network.model, few), "randomized": randomized(network.model, few)}
 
 
@@ -46,6 +54,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("runs", nargs="+", type=Path, help="folders of train.py")
     parser.add_argument("--data", default="cifar100", help="cifar10, cifar100 or a folder (%(default)s)")
+    parser.add_argument("--figures", type=positive, help="gradients of at most so many images (all)")
     add_protocol(parser)
     options = parser.parse_args()
     try:
@@ -54,15 +63,13 @@ def main() -> None:
     except BadInputError as reason:
         print(f"measure: {reason}", file=sys.stderr)
         sys.exit(2)
-    x, y = images.test
-    chosen = torch.linspace(0, len(x) - 1, min(options.limit or len(x), len(x))).long()
-    few = Images(images.name, images.classes, images.train, (x[chosen], y[chosen]))
+    many, few = (some(images, count) for count in (options.figures, options.limit))
     task = Task(images.name, TensorDataset(*few.test), images.classes)
     for network, folder in zip(networks, options.runs, strict=True):
         options.output = folder
         figures = folder / "figures.json"
         if not figures.exists():
-            figures.write_text(json.dumps(gradients_of(network, images, few), indent=1) + "\n")
+            figures.write_text(json.dumps(gradients_of(network, many, few), indent=1) + "\n")
         network.model.to(options.device)
         layer = last_layer(network, few.test[0][:2].to(options.device))
         for method in TITLES:

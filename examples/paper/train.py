@@ -105,7 +105,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
     parser.add_argument("--log", type=Path, help="folder for TensorBoard's events")
     parser.add_argument("--output", type=Path, required=True, help="folder of the run")
-    Setting.add_arguments(parser.add_argument_group("interpretable gradient loss"))
+    Setting.add_arguments(parser.add_argument_group("interpretable gradient loss"), defaults=Setting())
     return parser.parse_args()
 
 

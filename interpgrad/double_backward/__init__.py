@@ -7,9 +7,9 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.overrides import TorchFunctionMode
 
-from interpgrad import signals
+from interpgrad import private, signals
 from interpgrad.double_backward import (
     attention,
     batch_norm,
@@ -65,7 +65,7 @@ class fast_double_backward(TorchFunctionMode):  # noqa: N801  # type: ignore[mis
     def __exit__(self, *raised: Any) -> None:
         """Leave both as they were."""
         # Torch may have lost the mode, where its own handling of it was interrupted.
-        if any(isinstance(mode, fast_double_backward) for mode in _get_current_function_mode_stack()):  # type: ignore[no-untyped-call]
+        if any(isinstance(mode, fast_double_backward) for mode in private.function_modes()):
             super().__exit__(*raised)  # type: ignore[no-untyped-call]
         self._selections.pop().__exit__(None, None, None)
         signals.leave()
@@ -75,7 +75,7 @@ class fast_double_backward(TorchFunctionMode):  # noqa: N801  # type: ignore[mis
         signals.point()
         kwargs = kwargs or {}
         if func in _CONCERNED and torch.is_grad_enabled():
-            hooks = checkpointing.saved_tensor_hooks()
+            hooks = private.saved_tensor_hooks()
             if hooks and checkpointing.recompute_in(self.recompute_in, hooks[0]):
                 self.recomputes = True
             if func in _REPLACEMENTS and _is_plain(args[0] if args else kwargs.get("input")):
@@ -88,4 +88,4 @@ class fast_double_backward(TorchFunctionMode):  # noqa: N801  # type: ignore[mis
 def _is_plain(x: Any) -> bool:
     """Real numbers in one block of memory, and no transform of torch.func under way: what the replacements are for."""
     usual = isinstance(x, torch.Tensor) and not (x.is_complex() or x.is_nested)
-    return usual and torch._C._functorch.peek_interpreter_stack() is None
+    return usual and not private.under_a_transform()

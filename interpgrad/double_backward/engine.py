@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn.modules import _functions
 
+from interpgrad import private
+
 
 def tensors_of(*inputs: Any) -> tuple[bool, ...]:
     """For `wanted`: which of a Function's leading inputs are tensors."""
@@ -33,12 +35,7 @@ def wanted(ctx: Any, tensors: tuple[bool, ...]) -> list[bool]:
 
 
 def _will_run(node: Any) -> bool:
-    if getattr(node, "readers", 1) == 0:
-        return False
-    try:
-        return bool(torch._C._will_engine_execute_node(node))
-    except RuntimeError:  # a leaf that torch.autograd.grad was asked for: it does not run, it is collected
-        return True
+    return getattr(node, "readers", 1) != 0 and private.will_run(node)
 
 
 def stock_gradients(
@@ -71,16 +68,12 @@ def apply_each(function: Any, g: Tensor, *others: Any) -> Any:
 
     Under its vmap a Function's result would lose its graph, so that a penalty on a Jacobian trained nothing.
     """
-    if not torch._C._functorch.is_legacy_batchedtensor(g):
+    if not private.is_batched(g):
         return function.apply(g, *others)
-    level = torch._C._vmapmode_increment_nesting() - 1
-    torch._C._vmapmode_decrement_nesting()
-    singles = torch._remove_batch_dim(g, level, 1, 0).unbind()
-    results = [function.apply(each, *others) for each in singles]
+    results = [function.apply(each, *others) for each in private.each_of(g)]
     if isinstance(results[0], Tensor):
-        return torch._add_batch_dim(torch.stack(results), 0, level)
-    parts = zip(*results, strict=True)
-    return tuple(None if each[0] is None else torch._add_batch_dim(torch.stack(each), 0, level) for each in parts)
+        return private.batched(results)
+    return tuple(None if parts[0] is None else private.batched(parts) for parts in zip(*results, strict=True))
 
 
 def leave_to_the_engine() -> None:
@@ -136,7 +129,7 @@ def frozen_pass(output: Tensor) -> Iterator[Tensor]:
 
 def in_frozen_pass() -> bool:
     """Whether the backward pass that this is called from is one with frozen statistics."""
-    return bool(_frozen) and torch._C._current_graph_task_id() in _frozen
+    return bool(_frozen) and private.number_of_backward_pass() in _frozen
 
 
 class _Begin(Function):
@@ -149,7 +142,7 @@ class _Begin(Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
-        number = torch._C._current_graph_task_id()
+        number = private.number_of_backward_pass()
         ctx.numbers.append(number)
         _frozen.add(number)
         return g, None

@@ -1,0 +1,130 @@
+"""Every private name of PyTorch that this package uses: what it is for, where it was seen, what happens without it.
+
+Where a release lacks one, the way that is slower and right is taken, or an error says so; never a wrong value.
+tests/test_private.py asks for each of them.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import Node
+from torch.overrides import _get_current_function_mode_stack
+
+
+def will_run(node: Node) -> bool:
+    """Whether the running backward pass will execute the node: `_will_engine_execute_node`, torch 1.13 to 2.14.
+
+    Without it everything is taken for wanted, and gradients are computed in vain.
+    """
+    ask = getattr(torch._C, "_will_engine_execute_node", None)
+    try:
+        return ask is None or bool(ask(node))
+    except RuntimeError:  # a leaf that torch.autograd.grad was asked for: it does not run, it is collected
+        return True
+
+
+def number_of_backward_pass() -> int:
+    """Unique in the process, -1 outside of backward passes: `_current_graph_task_id`, torch 2.0 to 2.14.
+
+    Without it there is an AttributeError: frozen statistics depend on it.
+    """
+    return int(torch._C._current_graph_task_id())
+
+
+def casts_to(node: Node, dtype: torch.dtype) -> bool:
+    """Whether a cast's gradient arrives in dtype: `_input_metadata`, torch 2.5 to 2.14.
+
+    Without it, yes: gradients are scaled as in float16, which costs a look at their size.
+    """
+    metadata = getattr(node, "_input_metadata", None)
+    return metadata is None or any(gradient.dtype == dtype for gradient in metadata)
+
+
+def inputs_of(node: Node) -> int:
+    """How many gradients a node takes: `_input_metadata`; without it 0."""
+    return len(getattr(node, "_input_metadata", ()))
+
+
+def saved_tensor_hooks() -> tuple[Callable[[Any], Any], Any] | None:
+    """The hooks that intercept saved tensors here: `_top_saved_tensors_default_hooks`, torch 2.8 to 2.14.
+
+    Without it layers under checkpointing are recomputed as stock, which torch's CheckpointError reports.
+    """
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    hooks: tuple[Callable[[Any], Any], Any] | None = top and top(False)
+    return hooks
+
+
+def frame_of_checkpoint(pack: Callable[[Any], Any]) -> Any:
+    """What checkpointing keeps of a layer, with its `recompute_fn`: the closure of its hook, torch 2.1 to 2.14.
+
+    Without it as above.
+    """
+    names = getattr(getattr(pack, "__code__", None), "co_freevars", ())
+    cells = dict(zip(names, getattr(pack, "__closure__", None) or (), strict=False))
+    frame = cells["frame"].cell_contents if "frame" in cells else None
+    return frame if hasattr(frame, "recompute_fn") else None
+
+
+def function_modes() -> Sequence[Any]:
+    """The function modes entered on this thread: `_get_current_function_mode_stack`, torch 2.0 to 2.14."""
+    modes: Sequence[Any] = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
+    return modes
+
+
+def under_a_transform() -> bool:
+    """Whether vmap, jvp or another of torch.func is under way: `peek_interpreter_stack`, torch 2.0 to 2.14."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def is_batched(gradient: Tensor) -> bool:
+    """Whether it stands for many, under `is_grads_batched=True`: `is_legacy_batchedtensor`, torch 2.1 to 2.14."""
+    return bool(torch._C._functorch.is_legacy_batchedtensor(gradient))
+
+
+def each_of(gradient: Tensor) -> tuple[Tensor, ...]:
+    """Those it stands for."""
+    singles: tuple[Tensor, ...] = torch._remove_batch_dim(gradient, _level(), 1, 0).unbind()
+    return singles
+
+
+def batched(gradients: Sequence[Tensor]) -> Tensor:
+    """One that stands for these."""
+    return torch._add_batch_dim(torch.stack(list(gradients)), 0, _level())
+
+
+def _level() -> int:
+    level = int(torch._C._vmapmode_increment_nesting()) - 1
+    torch._C._vmapmode_decrement_nesting()
+    return level
+
+
+def is_compiled_wrapper(module: nn.Module) -> bool:
+    """Whether this is what torch.compile(module) returned: `OptimizedModule`, torch 2.0 to 2.14.
+
+    Asked of the type: a wrapper may delegate look-ups of attributes to what is compiled inside.
+    """
+    dynamo = sys.modules.get("torch._dynamo.eval_frame")  # not imported before somebody compiles
+    return dynamo is not None and isinstance(module, dynamo.OptimizedModule)
+
+
+def is_compiled_in_place(module: nn.Module) -> bool:
+    """Whether module.compile() was called: `_compiled_call_impl`, torch 2.2 to 2.14."""
+    return getattr(module, "_compiled_call_impl", None) is not None
+
+
+def frees_parameters(module: nn.Module) -> bool:
+    """Whether an FSDP2 module frees its parameters after a backward pass: `_fsdp_param_group(s)`, torch 2.4 to 2.14.
+
+    Without it FSDP2 itself fails in the second of two backward passes.
+    """
+    if not hasattr(module, "set_reshard_after_backward"):
+        return False
+    state: Any = module._get_fsdp_state()  # type: ignore[operator]
+    groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
+    return any(getattr(group, "reshard_after_backward", False) for group in groups)

@@ -1,0 +1,117 @@
+"""PyTorch's private names are there, mean what they are used for, and their absence is survived."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from nets import data, small_net
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from interpgrad import InterpretableGradientLoss, input_gradients, private
+
+PACKAGE = Path(private.__file__).parent
+
+
+def test_private_names_are_used_in_one_file():
+    """But for the nodes' saved values, Functions' classes, and modules' own dictionary of buffers."""
+    allowed = r"_saved_\w+|_forward_cls|_backward_cls|_buffers|_version|_functions|_loss|_Loss|_is_view|_BatchNorm|_python_dispatch"
+    for path in PACKAGE.rglob("*.py"):
+        if path.name != "private.py":
+            found = re.findall(r"(?:torch(?:\.\w+)*|node|frame|state|module|part)\.(_[a-zA-Z]\w*)", path.read_text())
+            assert [name for name in found if not re.fullmatch(allowed, name)] == [], path
+
+
+def test_what_will_run_and_in_which_pass():
+    x, y = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
+    product = x * y
+    seen = []
+
+    def note(_):
+        nodes = [node for node, _ in product.grad_fn.next_functions]
+        seen.append(([private.will_run(node) for node in nodes], private.number_of_backward_pass()))
+
+    product.grad_fn.register_prehook(note)
+    torch.autograd.grad(product.sum(), x, retain_graph=True)
+    product.sum().backward()
+    assert [wanted for wanted, _ in seen] == [[True, False], [True, True]]
+    assert len({number for _, number in seen} | {-1}) == 3
+    assert private.number_of_backward_pass() == -1
+
+
+def test_casts():
+    x = torch.ones(2, requires_grad=True)
+    node = x.half().grad_fn
+    assert private.casts_to(node, torch.float16)
+    assert not private.casts_to(node, torch.bfloat16)
+    assert private.inputs_of(node) == 1
+
+
+def test_checkpoints():
+    seen = []
+
+    def layer(x):
+        hooks = private.saved_tensor_hooks()
+        seen.append(hooks and private.frame_of_checkpoint(hooks[0]))
+        return x.exp()
+
+    assert private.saved_tensor_hooks() is None
+    checkpoint(layer, torch.ones(2, requires_grad=True), use_reentrant=False)
+    assert seen[0] is not None
+    assert callable(seen[0].recompute_fn)
+    assert private.frame_of_checkpoint(lambda value: value) is None
+
+
+def test_transforms_and_batches():
+    seen = []
+    assert not private.under_a_transform()
+    torch.func.vmap(lambda x: seen.append(private.under_a_transform()) or x)(torch.ones(2))
+    assert seen == [True]
+    x = torch.ones(3, requires_grad=True)
+    y = x * 2
+    batches = []
+
+    def note(gradients):
+        batches.append(private.is_batched(gradients[0]))
+        if batches[-1]:
+            same = private.batched(private.each_of(gradients[0]))
+            assert private.is_batched(same)
+            return (same,)
+        return None
+
+    y.grad_fn.register_prehook(note)
+    outer = torch.arange(6.0).view(2, 3)
+    (found,) = torch.autograd.grad(y, x, outer, is_grads_batched=True, retain_graph=True)
+    assert torch.equal(found, 2 * outer)
+    torch.autograd.grad(y, x, outer[0])
+    assert batches == [True, False]
+
+
+def test_compiled_modules():
+    module = nn.Linear(2, 2)
+    assert not private.is_compiled_wrapper(module)
+    assert private.is_compiled_wrapper(torch.compile(module, backend="eager"))
+    module.compile(backend="eager")
+    assert private.is_compiled_in_place(module)
+    assert not private.is_compiled_in_place(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("absent", ["_will_engine_execute_node", "_input_metadata", "_top_saved_tensors_default_hooks"])
+def test_without(absent, monkeypatch):
+    """The same values, by more work."""
+    model, (x, y) = small_net(), data()
+
+    def values():
+        loss = F.cross_entropy(model(x), y) + InterpretableGradientLoss(model, lam=1.0)(x, y)
+        return *input_gradients(model, x, y), *torch.autograd.grad(loss, list(model.parameters()))
+
+    expected = values()
+    if absent == "_input_metadata":
+        monkeypatch.setattr(private, "getattr", lambda each, name, *default: default[0] if name == absent else getattr(each, name, *default), raising=False)  # fmt: skip  # noqa: E501
+    else:
+        owner = torch._C if absent == "_will_engine_execute_node" else torch._C._autograd
+        monkeypatch.delattr(owner, absent)
+    for value, reference in zip(values(), expected, strict=True):
+        torch.testing.assert_close(value, reference, rtol=1e-9, atol=1e-12)
