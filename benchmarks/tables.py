@@ -36,13 +36,6 @@ def overhead(stored: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def faithfulness(stored: dict[str, Any]) -> str:
-    """Table 2 of two networks."""
-    from evaluate import markdown
-
-    return markdown(stored)
-
-
 def evaluation(stored: dict[str, Any]) -> str:
     """Speed of maps and metrics against peers."""
     from evaluation import table
@@ -172,17 +165,16 @@ def synchronized(stored: dict[str, Any]) -> str:
 TABLES = {
     ("README.md", "overhead"): (overhead, "overhead-cpu.json"),
     ("README.md", "quickstart"): (quickstart, "quickstart.json"),
-    ("README.md", "faithfulness"): (faithfulness, "faithfulness-cifar10.json"),
+    ("README.md", "cifar10-gradients"): (cifar10_gradients, "cifar10.json"),
     ("README.md", "evaluation"): (evaluation, "evaluation-cpu.json"),
     ("docs/scaling.md", "counted"): (counted, "scaling.json"),
     ("docs/scaling.md", "worked"): (worked, "scaling.json"),
     ("docs/scaling.md", "synchronized"): (synchronized, "scaling.json"),
-    ("examples/README.md", "object"): (groups("five seeds", "weight"), "sweep-digits.json"),
-    ("examples/README.md", "schedule"): (groups("schedule"), "sweep-digits.json"),
-    ("examples/README.md", "ablations"): (groups("coupled", "low-pass", "warm-up"), "sweep-digits.json"),
+    ("examples/README.md", "object"): (groups("object"), "sweep.json"),
+    ("examples/README.md", "schedule"): (groups("schedule"), "sweep.json"),
     ("examples/README.md", "attempts"): (attempts, "attempts.json"),
-    ("examples/README.md", "cifar10-small"): (quickstart, "quickstart-cifar10-small.json"),
-    ("examples/README.md", "cifar10"): (quickstart, "quickstart-cifar10.json"),
+    ("examples/README.md", "cifar10-gradients"): (cifar10_gradients, "cifar10.json"),
+    ("examples/README.md", "cifar10-maps"): (cifar10_maps, "cifar10.json"),
 }
 
 

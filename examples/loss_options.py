@@ -26,11 +26,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="batch statistics in the gradients: constants, or functions of the batch (%(default)s)",
     )
     group.add_argument("--every", type=int, default=1, help="computed at one of so many steps (%(default)s)")
+    group.add_argument("--start", type=int, default=0, help="steps before it; half of all is advised (%(default)s)")
     group.add_argument("--warmup", type=int, default=0, help="steps over which the weight grows from 0 (%(default)s)")
     group.add_argument("--low-pass", action="store_true", help="compare the gradients after a 3x3 mean")
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments of InterpretableGradientLoss beside the model."""
-    names = ("error", "lam", "criterion", "batch_norm", "every", "warmup")
+    names = ("error", "lam", "criterion", "batch_norm", "every", "start", "warmup")
     return {name: getattr(args, name) for name in names} | {"transform": low_pass if args.low_pass else None}

@@ -29,10 +29,10 @@ GROUPS: dict[str, tuple[list[Setting], int]] = {
     "object": ([PLAIN, RECIPE, PAPER, *OBJECTS], 3),
     "schedule": (
         [dataclasses.replace(BASE, every=every) for every in (2, 4, 8)]
-        + [dataclasses.replace(BASE, start=1 - share) for share in (1 / 2, 1 / 3, 1 / 5)],
+        + [dataclasses.replace(BASE, start=1 - share) for share in (1 / 2, 1 / 3, 1 / 5)]
+        + [Setting(lam, every=every, start=0.5) for every, lam in ((4, 0.3), (4, 1.0), (1, 1.0))],
         3,
     ),
-    "late": ([Setting(lam, every=every, start=0.5) for every in (4, 1) for lam in (0.3, 1.0)], 3),
     "five seeds": ([PLAIN, RECIPE, PAPER, *OBJECTS], 5),
     "weight": ([Setting(lam, criterion) for lam in WEIGHTS for criterion in CRITERIA], 3),
     "coupled": ([Setting(lam, criterion, batch_norm="coupled") for lam in WEIGHTS for criterion in CRITERIA], 3),

@@ -101,7 +101,7 @@ _HELP = {
 }
 
 PLAIN = Setting(lam=0)
-RECIPE = Setting(every=8)  # README.md
+RECIPE = Setting(every=4, start=0.5)  # README.md
 PAPER = Setting(7.5e-3, "cross_entropy", low_pass=False, batch_norm="coupled", warmup=0)
 
 
@@ -152,7 +152,7 @@ class Run:
 
     def __post_init__(self) -> None:
         setting = self.setting
-        self.first = round(setting.start * self.steps)  # the step from which on the loss is there
+        start = round(setting.start * self.steps)
         self.regularizer = InterpretableGradientLoss(
             self.model,
             ERRORS[setting.error],
@@ -160,14 +160,15 @@ class Run:
             criterion=CRITERIA[setting.criterion],
             batch_norm=setting.batch_norm,
             every=setting.every,
-            warmup=round(setting.warmup * (self.steps - self.first)),
+            start=start,
+            warmup=round(setting.warmup * (self.steps - start)),
             transform=low_pass if setting.low_pass else None,
         )
         self.scaler = torch.amp.GradScaler(enabled=self.amp == torch.float16)
 
     def objective(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """What is minimized on images x (N, 3, H, W) of classes y (N,), and the logits."""
-        if not self.setting.lam or self.done < self.first:
+        if not self.setting.lam:
             logits = self.model(x)
             return F.cross_entropy(logits, y), logits
         with self.regularizer.shared_forward():

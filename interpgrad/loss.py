@@ -52,7 +52,9 @@ class InterpretableGradientLoss(nn.Module):
             inference sees. The same in evaluation mode.
         every: lazy regularization: computed at the first of every `every` calls and multiplied by `every`,
             zero and free at the others.
-        warmup: the weight grows linearly from 0 to lam over so many calls, those that `every` skips included.
+        start: so many calls come before it, at which it is zero and free: a network that has learned something gains
+            more from it, at a smaller price.
+        warmup: then the weight grows linearly from 0 to lam over so many calls, those that `every` skips included.
         activations: "all", every rectifier, or "relu", the piecewise-linear family alone.
         transform: a differentiable callable applied to both gradients before the error, for instance
             `interpgrad.low_pass`, or a sum over channels.
@@ -82,6 +84,7 @@ class InterpretableGradientLoss(nn.Module):
         criterion: Criterion | str = "log_prob",
         batch_norm: str = "frozen",
         every: int = 1,
+        start: int = 0,
         warmup: int = 0,
         activations: str = "all",
         transform: Callable[[Tensor], Tensor] | None = None,
@@ -96,8 +99,9 @@ class InterpretableGradientLoss(nn.Module):
             )
         if not isinstance(every, int) or every < 1:
             raise ValueError(f"expected every to be an integer of at least 1, got {every!r}.")
-        if not isinstance(warmup, int) or warmup < 0:
-            raise ValueError(f"expected warmup to be a number of calls, an integer of at least 0, got {warmup!r}.")
+        for name, calls in (("start", start), ("warmup", warmup)):
+            if not isinstance(calls, int) or calls < 0:
+                raise ValueError(f"expected {name} to be a number of calls, an integer of at least 0, got {calls!r}.")
         check_activations(activations)
         check_batch_norm(batch_norm)
         derivative_of(criterion)
@@ -107,6 +111,7 @@ class InterpretableGradientLoss(nn.Module):
         self.criterion = criterion
         self.batch_norm = batch_norm
         self.every = every
+        self.start = start
         self.warmup = warmup
         self.activations = activations
         self.transform = transform
@@ -193,7 +198,7 @@ class InterpretableGradientLoss(nn.Module):
 
         The model sees a copy of its first argument, in which gradients can be taken; attention layers run
         on the kernel that has a double backward. Nothing is recorded, at no cost, under `torch.no_grad()`
-        and at the calls that `every` skips.
+        and at the calls before `start` and those that `every` skips.
 
         Raises RuntimeError if the model was not called inside.
         """
@@ -215,11 +220,14 @@ class InterpretableGradientLoss(nn.Module):
         return {"penalty": float(self.penalty), "cosine": float(self.cosine), "term": float(self._term)}
 
     def _weight(self) -> float:
-        """Lam, less during the warm-up."""
-        return self.lam * min(1, self._step / self.warmup) if self.warmup else self.lam
+        """Lam, less during the warm-up, and nothing before."""
+        since = self._step - self.start
+        if since < 0:
+            return 0.0
+        return self.lam * min(1, since / self.warmup) if self.warmup else self.lam
 
     def _is_due(self) -> bool:
-        return self._step % self.every == 0
+        return self._step >= self.start and (self._step - self.start) % self.every == 0
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Hold modules without registering them: the optimizer and the checkpoint must not see them twice."""
@@ -233,7 +241,7 @@ class InterpretableGradientLoss(nn.Module):
         return self.__dict__ | {"_recorder": None}
 
     def get_extra_state(self) -> Tensor:
-        """The step counter of `every` and `warmup`: all there is in `state_dict()`."""
+        """The step counter of `every`, `start` and `warmup`: all there is in `state_dict()`."""
         return torch.tensor(self._step)
 
     def set_extra_state(self, state: Tensor) -> None:
@@ -248,7 +256,7 @@ class InterpretableGradientLoss(nn.Module):
 
     def extra_repr(self) -> str:
         """The settings, in the order of the constructor."""
-        names = ("error", "lam", "criterion", "batch_norm", "every", "warmup", "activations")
+        names = ("error", "lam", "criterion", "batch_norm", "every", "start", "warmup", "activations")
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
 

@@ -183,6 +183,32 @@ def test_every_counter_survives_a_checkpoint():
     assert [bool(resumed(x, y)) for _ in range(3)] == [False, False, True]
 
 
+def test_start_waits_for_its_step_and_costs_nothing_before():
+    """Zero, and the model is not called, at the first calls; `every` and `warmup` count from there."""
+    model, (x, y) = small_net(), data()
+    full = InterpretableGradientLoss(model, lam=0.5)(x, y)
+    reg = InterpretableGradientLoss(model, lam=0.5, start=3, every=2, warmup=4)
+    calls = []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    terms = [reg(x, y) for _ in range(3)]
+    assert [float(term) for term in terms] == [0.0] * 3
+    assert all(term.requires_grad for term in terms)
+    assert not calls
+    assert reg.logs() == {}
+    with torch.no_grad():
+        assert reg(x, y) == 0
+        assert reg.penalty == pytest.approx(float(full) / 0.5)
+    state = reg.state_dict()
+    reg = InterpretableGradientLoss(model, lam=0.5, start=3, every=2, warmup=4)
+    reg.load_state_dict(state)
+    with torch.enable_grad():
+        later = [float(reg(x, y)) for _ in range(6)]
+    assert later == pytest.approx([0, 0, 2 * float(full) * 0.5, 0, 2 * float(full), 0])
+    for start in (-1, 0.5, "half"):
+        with pytest.raises(ValueError, match="expected start to be a number of calls, an integer of at least 0"):
+            InterpretableGradientLoss(model, start=start)
+
+
 @pytest.mark.parametrize("every", [1, 3])
 def test_warmup_grows_linearly_and_survives_a_checkpoint(every):
     model, (x, y) = small_net().eval(), data()
