@@ -22,6 +22,7 @@ import torch
 from classifiers import save, small_resnet
 from figures import evaluate, gradients, table
 from images import BadInputError, Images, digits_on_photographs, photographs
+from torch import nn
 from tqdm import tqdm
 from training import PLAIN, RECIPE, Run, Setting, augment, one_cycle
 
@@ -46,7 +47,7 @@ def train(images: Images, settings: list[Setting], seed: int, epochs: int, batch
     return runs
 
 
-def picture(plain: Run, regularized: Run, images: Images, path: Path, rows: int = 6) -> None:
+def picture(plain: nn.Module, regularized: nn.Module, images: Images, path: Path, rows: int = 6) -> None:
     """Held-out images: input, input gradient without and with the loss, guided gradient, one scale per row."""
     import matplotlib
 
@@ -55,8 +56,8 @@ def picture(plain: Run, regularized: Run, images: Images, path: Path, rows: int 
 
     shown = torch.linspace(0, len(images.test[0]) - 1, rows).long()  # over all classes of a folder
     x, y = (part[shown] for part in images.test)
-    delta_plain, _ = gradients(plain.model, x, y, "log_prob")
-    delta, guided = gradients(regularized.model, x, y, "log_prob")
+    delta_plain, _ = gradients(plain, x, y, "log_prob")
+    delta, guided = gradients(regularized, x, y, "log_prob")
     columns = {"δ without": delta_plain, "δ with": delta, "δᴳ with (guided)": guided}
 
     figure, axes = plt.subplots(rows, 4, figsize=(7.2, 1.85 * rows), layout="constrained", squeeze=False)
@@ -144,7 +145,7 @@ def main() -> None:
     if options.save:
         for run, name in zip(runs, ("without", "with"), strict=True):
             save(run.model, images.classes, options.save / f"{name}.pt")
-    picture(runs[0], runs[1], images, options.output)
+    picture(runs[0].model, runs[1].model, images, options.output)
     print(f"wrote {options.output} ({time.perf_counter() - began:.0f} s)")
     if options.json:
         stored = {"task": images.name, "epochs": epochs, "setting": asdict(setting), "torch": torch.__version__}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
+import random
 import sys
 import threading
 import weakref
@@ -273,12 +274,19 @@ def _own_buffers(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _random_state_restored(module: nn.Module, x: Tensor) -> Iterator[None]:
-    """Restore the generators of the CPU and of every device that x and the module live on."""
+    """Restore the generators of the CPU, of every device that x and the module live on, of Python and of numpy."""
+    numpy, of_python = sys.modules.get("numpy"), random.getstate()
+    of_numpy = numpy and numpy.random.get_state()
     tensors = itertools.chain([x], module.parameters(), module.buffers())
     devices = {tensor.device for tensor in tensors if tensor.device.type not in ("cpu", "meta")}
     kind = next(iter(devices)).type if devices else "cuda"
-    with torch.random.fork_rng([device.index or 0 for device in devices], device_type=kind):
-        yield
+    try:
+        with torch.random.fork_rng([device.index or 0 for device in devices], device_type=kind):
+            yield
+    finally:
+        random.setstate(of_python)
+        if numpy:
+            numpy.random.set_state(of_numpy)
 
 
 def _eager() -> AbstractContextManager[None]:
@@ -294,8 +302,14 @@ def _is_compiled(module: nn.Module) -> bool:
 
 
 def _refuse_unusable(module: nn.Module) -> None:
-    """Refuse TorchScript, and FSDP2 modules that free their parameters after a backward pass: two are to come."""
+    """Refuse TorchScript, and what does not keep its parameters through several backward passes."""
+    sharded = sys.modules.get("torch.distributed.fsdp")  # as whoever shards has imported it
     for part in module.modules():
+        if sharded and isinstance(part, sharded.FullyShardedDataParallel):
+            raise RuntimeError(
+                "expected parameters that stay for several backward passes, got a FullyShardedDataParallel module: "
+                "use FSDP2, torch.distributed.fsdp.fully_shard, with model.set_reshard_after_backward(False), or DDP."
+            )
         if isinstance(part, torch.jit.ScriptModule):
             raise RuntimeError(
                 f"expected nn.Modules, got a TorchScript module ({part.original_name}), whose graph hides its "

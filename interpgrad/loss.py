@@ -63,6 +63,10 @@ class InterpretableGradientLoss(nn.Module):
         penalty: R of the last computed call: detached, not multiplied by lam; None before the first.
         cosine: mean cosine of delta and guided of that call, before `transform`, whatever the error; likewise detached.
 
+    The extra forward pass of a plain call gives back buffers, modes and random states, of Python and numpy too. It
+    cannot take back what a model or its hooks write elsewhere (lists, counters, attributes, such as the auxiliary
+    losses of a mixture of experts): a shared forward pass is the user's own and has no such question.
+
     With frozen statistics a sample's gradients depend on that sample alone; the extra pass normalizes with the
     batch's statistics and does not update the running ones.
 

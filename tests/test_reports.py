@@ -1,6 +1,7 @@
 """What users reported, each with the test that showed it."""
 
 import copy
+import random
 import sys
 
 import numpy as np
@@ -308,6 +309,47 @@ def test_batched_gradients(norm):
     same([found], [expected])
     parameters = [parameter for parameter in model.parameters() if parameter.dim() > 1]
     same(torch.autograd.grad(found, parameters), torch.autograd.grad(expected, parameters))
+
+
+def test_random_numbers_of_python_and_numpy():
+    """A plain call gives back what a forward pass draws of any generator."""
+
+    class Draws(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.network = small_net()
+
+        def forward(self, x):
+            return self.network(x * (1 + random.random() + float(np.random.rand())))
+
+    model, (x, y) = Draws(), data()
+    random.seed(0)
+    np.random.seed(0)
+    expected = random.random(), np.random.rand()
+    random.seed(0)
+    np.random.seed(0)
+    InterpretableGradientLoss(model)(x, y)
+    assert (random.random(), np.random.rand()) == expected
+
+
+def test_fully_sharded_modules_of_the_first_kind_are_refused():
+    fsdp = pytest.importorskip("torch.distributed.fsdp")
+
+    class Sharded(fsdp.FullyShardedDataParallel):
+        def __init__(self):
+            nn.Module.__init__(self)
+            self.network = small_net()
+
+        def forward(self, x):
+            return self.network(x)
+
+    x, y = data()
+    model = nn.Sequential(Sharded())
+    with pytest.raises(RuntimeError, match="got a FullyShardedDataParallel module: use FSDP2"):
+        InterpretableGradientLoss(model)(x, y)
+    with pytest.raises(RuntimeError, match="got a FullyShardedDataParallel module: use FSDP2"):
+        with InterpretableGradientLoss(model).shared_forward():
+            model(x)
 
 
 # What is accepted, and what is said

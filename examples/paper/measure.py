@@ -22,7 +22,7 @@ from evaluate import TITLES, Task, add_protocol, evaluate_once
 from figures import evaluate, randomized, smoothed
 from images import BadInputError, Images
 from networks import build
-from quickstart import positive
+from quickstart import picture, positive
 from train import read
 
 
@@ -54,6 +54,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("runs", nargs="+", type=Path, help="folders of train.py")
     parser.add_argument("--data", default="cifar100", help="cifar10, cifar100 or a folder (%(default)s)")
+    parser.add_argument("--picture", type=Path, help="draw the gradients of the first two runs here, and do no more")
     parser.add_argument("--figures", type=positive, help="gradients of at most so many images (all)")
     add_protocol(parser)
     options = parser.parse_args()
@@ -64,6 +65,9 @@ def main() -> None:
         print(f"measure: {reason}", file=sys.stderr)
         sys.exit(2)
     many, few = (some(images, count) for count in (options.figures, options.limit))
+    if options.picture:
+        picture(networks[0].model, networks[1].model, few, options.picture)
+        return
     task = Task(images.name, TensorDataset(*few.test), images.classes)
     for network, folder in zip(networks, options.runs, strict=True):
         options.output = folder
