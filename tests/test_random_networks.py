@@ -1,0 +1,21 @@
+"""The hunt: networks drawn at random against the literal reference, `--hypothesis-profile=long` for thousands."""
+
+import copy
+
+import frozen
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from random_networks import RandomNet
+from test_frozen import assert_is_the_reference
+
+
+@settings(max_examples=max(200, settings().max_examples))
+@given(st.integers(0, 2**31))
+def test_random_networks(seed):
+    """Delta, the guided gradient, the penalty and its gradient, plain and shared."""
+    model, reference = RandomNet(seed), RandomNet(seed, reference=True)
+    x, y = model.images()
+    prepared = frozen.reference(reference, x, y)
+    assume((prepared[1].flatten(1).norm(dim=1) > 0).all())  # of no direction, there is no cosine
+    for shared in (True, False):
+        assert_is_the_reference(copy.deepcopy(model), reference, x, y, shared, prepared=prepared, floor=0.01)
