@@ -1,6 +1,6 @@
 """Train the same small ResNet without and with the interpretable gradient loss, and look at its gradients.
 
-    python examples/quickstart.py                     # digits on photographs: about five minutes on two cores
+    python examples/quickstart.py                     # digits on photographs: about two minutes on two cores
     python examples/quickstart.py --quick             # one minute: does it run?
     python examples/quickstart.py --data DIR          # your photographs: DIR/train/CLASS/*, DIR/test/CLASS/*
 
@@ -135,7 +135,7 @@ def main() -> None:
 
     def measure(run: Run) -> dict[str, float]:
         figures = evaluate(run.model, images)
-        return figures | {"ms/step": statistics.median(run.milliseconds)}
+        return figures | {"ms/step": statistics.fmean(run.milliseconds)}
 
     figures, runs = compare(images, [PLAIN, setting], seeds, epochs, measure)
     rows = {"without": figures[0], f"with, {setting}": figures[1]}

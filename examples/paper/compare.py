@@ -48,19 +48,22 @@ def read(folder: Path) -> dict[str, dict[str, dict[str, Any]]]:
             run = json.loads((path.parent / "run.json").read_text())
             figures = json.loads(path.read_text())
             values = {method: json.loads(each.read_text()) for method, each in maps.items()}
+            for each in ("log_prob", "logit"):
+                figures[each]["accuracy"] = run["accuracy"]  # on all test images
             found.setdefault(name, {})[seed] = {"run": run, "figures": figures, "maps": values}
     return found
 
 
 def compared(runs: dict[str, dict[str, dict[str, Any]]], base: str) -> dict[str, Any]:
     """What the tables show."""
+    runs = {base: runs[base]} | runs  # the base first
     first = next(iter(runs[base].values()))
     stored: dict[str, Any] = {
         "base": base,
         "images": first["maps"]["grad_cam"]["settings"]["images"],
         "protocol": first["maps"]["grad_cam"]["settings"]["protocol"],
         "torch": first["run"]["torch"],
-        "options": {name: each["run"]["options"] for name, seeds in runs.items() for each in list(seeds.values())[:1]},
+        "settings": {name: each["run"]["setting"] for name, seeds in runs.items() for each in list(seeds.values())[:1]},
         "figures": {name: {seed: each["figures"] for seed, each in seeds.items()} for name, seeds in runs.items()},
         "maps": {},
     }
