@@ -580,10 +580,10 @@ def saved_bytes(model, x, is_fast):
 
     x = x.clone().requires_grad_()
     hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
-    from interpgrad.double_backward import checkpointing
+    from interpgrad import private
 
-    original = checkpointing.saved_tensor_hooks
-    checkpointing.saved_tensor_hooks = lambda: None
+    original = private.saved_tensor_hooks
+    private.saved_tensor_hooks = lambda: None
     try:
         with hooks:
             if is_fast:
@@ -593,7 +593,7 @@ def saved_bytes(model, x, is_fast):
                 y = model(x)
             torch.autograd.grad(y.pow(2).sum(), x, create_graph=True)
     finally:
-        checkpointing.saved_tensor_hooks = original
+        private.saved_tensor_hooks = original
     return sum(storages.values())
 
 

@@ -28,8 +28,9 @@ def gradients_of(value, model, **settings):
 def assert_same_gradients(ours, expected, floor=1e-5):
     largest = max(reference.abs().max() for reference in expected)
     for value, reference in zip(ours, expected, strict=True):
-        # A bias before batch norm has no gradient but rounding errors: hence the bound on the scale.
-        assert (value - reference).abs().max() <= 1e-9 * max(reference.abs().max(), floor * largest)
+        # A bias before batch norm has no gradient but rounding errors, nor has anything where delta is the guided
+        # gradient: hence the bounds on the scale, of an error that is about 1.
+        assert (value - reference).abs().max() <= 1e-9 * max(reference.abs().max(), floor * max(largest, 0.1))
 
 
 def assert_is_the_reference(

@@ -82,7 +82,7 @@ def test_from_training_to_tables(folder, tmp_path, monkeypatch):  # noqa: F811
     assert result.returncode == 0, result.stderr
     result = run("compare.py", runs, "--json", tmp_path / "compared.json")
     assert result.returncode == 0, result.stderr
-    assert "4 images of 32x32; seeds: with 2, without 2" in result.stdout
+    assert "4 images of 32x32; seeds: without 2, with 2" in result.stdout
     assert re.search(r"\| Score-CAM \| with \| [+-]\d+\.\d \[", result.stdout)
     assert re.search(r"one gradient of \*with\* \(\d\.\d+\) is worth (\d+\.\d|inf) samples", result.stdout)
     stored = json.loads((tmp_path / "compared.json").read_text())
