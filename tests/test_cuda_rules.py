@@ -6,10 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from architectures import ARCHITECTURES
-from cuda_rules import CudaRules, RefusedOnCudaError
+from cuda_rules import CudaRules, Cudnn, RefusedOnCudaError
 from torch import nn
 
 from interpgrad import InterpretableGradientLoss
+from interpgrad.double_backward import batch_norm as our_batch_norm
 from interpgrad.double_backward import row_norm
 from interpgrad.model import logits_of
 
@@ -122,6 +123,44 @@ def test_special_layers(name, batch_norm, layout):
     model.bfloat16()
     for training in (True, False):
         step(model.train(training), x.bfloat16(), y, shared=training, batch_norm=batch_norm)
+
+
+def gradients(model, x, y, *, shared, batch_norm):
+    reg = InterpretableGradientLoss(model, lam=1.0, batch_norm=batch_norm)
+    loss = 0
+    if shared:
+        with reg.shared_forward():
+            loss = F.cross_entropy(model(x), y)
+    loss = loss + reg(x, y)
+    model.zero_grad()
+    loss.backward()
+    return [loss.detach(), *(each.grad for each in model.parameters() if each.grad is not None)]
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("batch_norm", ["frozen", "coupled"])
+@pytest.mark.parametrize("name", [name for name in SPECIAL if name.startswith("batch norm")])
+def test_cudnn(name, batch_norm, layout, monkeypatch):
+    """Its batch norm is given what it takes, and what it gives beyond the mask, or does not save, changes nothing."""
+    torch.manual_seed(0)
+    model = SPECIAL[name]()
+    x, y = torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 2, 3])
+    model(x)
+    model.to(memory_format=layout)
+    x = x.contiguous(memory_format=layout)
+    for training, shared in itertools.product((True, False), (True, False)):
+        model.train(training)
+        state = {name: value.clone() for name, value in model.state_dict().items()}
+        expected = gradients(model, x, y, shared=shared, batch_norm=batch_norm)
+        model.load_state_dict(state)
+        with monkeypatch.context() as patch:
+            cudnn = Cudnn()
+            patch.setattr(our_batch_norm, "aten", cudnn)
+            found = gradients(model, x, y, shared=shared, batch_norm=batch_norm)
+        torch.testing.assert_close(found, expected)
+        of_the_batch = training or not model.layer.track_running_stats
+        assert bool(cudnn.forwards) == model.layer.affine
+        assert bool(cudnn.backwards) == (model.layer.affine and of_the_batch and (shared or batch_norm == "coupled"))
 
 
 @pytest.mark.parametrize(

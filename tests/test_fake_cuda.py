@@ -1,0 +1,102 @@
+"""The forward pass of every replaced layer on fake CUDA tensors: dtype and strides as stock's, autocast or not."""
+
+import contextlib
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from interpgrad import fast_double_backward
+from interpgrad.double_backward import _REPLACEMENTS
+
+IMAGES = {1: (2, 8, 9), 2: (2, 8, 9, 9), 3: (2, 8, 5, 5, 5)}
+# name -> (how to make the layer, shape of its input); layers with parameters are modules
+LAYERS = {
+    **{
+        f"conv{dims}d": (lambda dims=dims: CONVOLUTIONS[dims](8, 4, 3, padding="same"), IMAGES[dims]) for dims in IMAGES
+    },
+    **{
+        f"conv_transpose{dims}d": (lambda dims=dims: TRANSPOSED[dims](8, 4, 3, stride=2, bias=False), IMAGES[dims])
+        for dims in IMAGES
+    },
+    "depthwise": (lambda: nn.Conv2d(8, 8, 3, groups=8), IMAGES[2]),
+    **{f"batch_norm{n}d": (lambda n=n: NORMS[n](8), IMAGES[n]) for n in IMAGES},
+    "batch_norm of (N, C)": (lambda: nn.BatchNorm1d(8), (4, 8)),
+    "batch_norm without weight": (lambda: nn.BatchNorm2d(8, affine=False), IMAGES[2]),
+    "instance_norm": (lambda: nn.InstanceNorm2d(8, affine=True), IMAGES[2]),
+    "layer_norm": (lambda: nn.LayerNorm(8), (2, 9, 8)),
+    "layer_norm without bias": (lambda: nn.LayerNorm([9, 9], bias=False), IMAGES[2]),
+    "group_norm": (lambda: nn.GroupNorm(4, 8), IMAGES[2]),
+    "avg_pool2d": (lambda: nn.AvgPool2d(3, 2, padding=1), IMAGES[2]),
+    "avg_pool3d": (lambda: nn.AvgPool3d(2), IMAGES[3]),
+    "adaptive_avg_pool2d": (lambda: nn.AdaptiveAvgPool2d(4), IMAGES[2]),
+    "adaptive_avg_pool3d": (lambda: nn.AdaptiveAvgPool3d(2), IMAGES[3]),
+    "max_pool2d": (lambda: nn.MaxPool2d(3, 2, padding=1), IMAGES[2]),
+    "max_pool3d": (lambda: nn.MaxPool3d(2), IMAGES[3]),
+    "relu": (lambda: F.relu, IMAGES[2]),
+    "relu_": (lambda: nn.ReLU(inplace=True), IMAGES[2]),
+    "leaky_relu": (lambda: F.leaky_relu, IMAGES[2]),
+    "leaky_relu_": (lambda: nn.LeakyReLU(inplace=True), IMAGES[2]),
+    "relu6": (lambda: F.relu6, IMAGES[2]),
+    "hardtanh": (lambda: F.hardtanh, IMAGES[2]),
+    "gelu": (lambda: F.gelu, IMAGES[2]),
+    "silu": (lambda: F.silu, IMAGES[2]),
+    "hardsigmoid": (lambda: F.hardsigmoid, IMAGES[2]),
+}
+CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
+NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+VIEWS = {
+    "contiguous": lambda x: x,
+    "channels_last": lambda x: x.contiguous(memory_format=FORMATS[x.dim()]) if x.dim() in FORMATS else x,
+    "transposed": lambda x: x.transpose(-1, -2).contiguous().transpose(-1, -2),
+    "every other": lambda x: torch.cat([x, x])[::2],
+}
+FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+@contextlib.contextmanager
+def autocast_on_cuda(dtype):
+    """As torch.autocast("cuda"), which refuses to begin where there is no such device."""
+    torch.set_autocast_dtype("cuda", dtype or torch.float16)
+    torch.set_autocast_enabled("cuda", dtype is not None)
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+        torch.clear_autocast_cache()
+
+
+@pytest.mark.parametrize("autocast", [None, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", LAYERS)
+def test_forward(name, autocast):
+    build, shape = LAYERS[name]
+    replaced = set()
+
+    class Counting(fast_double_backward):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            replaced.update({func} & _REPLACEMENTS.keys())
+            return super().__torch_function__(func, types, args, kwargs)
+
+    with FakeTensorMode(), torch.device("cuda"), autocast_on_cuda(autocast):
+        for dtype, training, view in itertools.product(DTYPES, (True, False), VIEWS):
+            layer = build()
+            if isinstance(layer, nn.Module):
+                layer.train(training)
+                for tensor in [*layer.parameters(), *layer.buffers()]:
+                    if tensor.is_floating_point() and autocast is None:
+                        tensor.data = torch.empty_like(tensor, dtype=dtype)
+            x = VIEWS[view](torch.empty(shape, dtype=dtype)).requires_grad_()
+            # Batch norm's kernels allocate by x.suggest_memory_format(); their stand-ins keep any strides.
+            suggested = x.contiguous() if "batch_norm" in name and view == "transposed" else x
+            expected = layer(suggested.clone())  # a copy of the same strides: some work in place
+            with Counting():
+                found = layer(x.clone())
+            about = dtype, training, view
+            assert (found.dtype, found.device) == (expected.dtype, expected.device), about
+            assert found.stride() == expected.stride(), about
+    assert replaced
