@@ -4,13 +4,16 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-cuda lint clean
 
 demo: $(VENV)/.examples
 	$(RUN) examples/quickstart.py $(ARGS)
 
 test: $(VENV)/.test
 	$(RUN) -m pytest $(ARGS)
+
+test-cuda: $(VENV)/.test
+	$(RUN) -m pytest --device cuda $(ARGS)
 
 lint: $(VENV)/.dev
 	$(RUN) -m ruff check .

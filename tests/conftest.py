@@ -10,6 +10,34 @@ hypothesis.settings.register_profile("long", deadline=None, max_examples=5000)
 hypothesis.settings.load_profile("interpgrad")
 
 
+def pytest_addoption(parser):
+    parser.addoption("--device", type=torch.device, default=torch.device("cpu"), help="where the tests run: cuda")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "cpu(reason): a test that the device given by --device cannot run")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--device").type != "cpu":
+        for item in items:
+            for marker in item.iter_markers("cpu"):
+                item.add_marker(pytest.mark.skip(reason=f"on the CPU alone: {marker.args[0]}"))
+
+
+@pytest.fixture(autouse=True)
+def device(pytestconfig):
+    """Where tensors and modules are made: what --device says."""
+    device = pytestconfig.getoption("--device")
+    if device.type == "cpu":
+        yield device
+    else:
+        torch.set_default_device(device)
+        torch.backends.cudnn.allow_tf32 = False  # what is compared in single precision is computed in it
+        yield device
+        torch.set_default_device(None)
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)

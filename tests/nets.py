@@ -5,8 +5,18 @@ import torch.nn.functional as F
 from torch import nn
 
 
+def seeded(seed):
+    """A generator on the device of the tests."""
+    return torch.Generator(torch.get_default_device()).manual_seed(seed)
+
+
+def autocast(dtype):
+    """Mixed precision on the device of the tests."""
+    return torch.autocast(torch.get_default_device().type, dtype)
+
+
 def data(n=3, size=8, classes=4, seed=0):
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     x = torch.randn(n, 3, size, size, dtype=torch.float64, generator=generator)
     return x, torch.randint(classes, (n,), generator=generator)
 

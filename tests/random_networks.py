@@ -4,7 +4,7 @@ import random
 
 import torch
 import torch.nn.functional as F
-from nets import SMOOTH, SPELLINGS
+from nets import SMOOTH, SPELLINGS, seeded
 from torch import nn
 
 SIZES = {1: 24, 2: 9, 3: 6}
@@ -39,7 +39,7 @@ class RandomNet(nn.Module):
         self.train(self.chance.random() < 0.7)
 
     def images(self):
-        generator = torch.Generator().manual_seed(self.chance.randint(0, 2**31))
+        generator = seeded(self.chance.randint(0, 2**31))
         shape = (self.chance.randint(2, 4), 3, *[SIZES[self.dims]] * self.dims)
         x = torch.randn(shape, dtype=torch.float64, generator=generator)
         return x, torch.randint(4, shape[:1], generator=generator)

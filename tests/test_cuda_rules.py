@@ -15,6 +15,7 @@ from interpgrad.double_backward import row_norm
 from interpgrad.model import logits_of
 
 aten = torch.ops.aten
+pytestmark = pytest.mark.cpu("the rules stand in for the device")
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ import torchvision
 from flops import CountFlops
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from nets import data, small_net
+from nets import autocast, data, seeded, small_net
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.autograd import gradcheck, gradgradcheck
@@ -32,7 +32,7 @@ def assert_close(ours, stock):
 
 def derivatives(function, tensors, fast, seed=0):
     """The value, the first and all second derivatives of a function of tensors, None where there is none."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     draw = lambda like: torch.randn(like.shape, generator=generator, **double)  # noqa: E731
     inputs = [each for each in tensors if each is not None and each.requires_grad]
     if fast:
@@ -92,7 +92,7 @@ def convolutions(draw):
             settings["padding"] == "same"
             or all(n > d * (k - 1) for n, d, k in zip(size, dilation, kernel, strict=True))
         )
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
+    generator = seeded(draw(st.integers(0, 1000)))
     tensor = lambda *shape: torch.randn(*shape, generator=generator, **double)  # noqa: E731
     channels = groups * per_group_in
     x = tensor(draw(st.integers(1, 3)), channels, *size)
@@ -117,7 +117,7 @@ def test_convolutions(problem):
 def batch_norms(draw):
     dims, training = draw(st.integers(0, 3)), draw(st.booleans())
     shape = (draw(st.integers(2, 4)), draw(st.integers(1, 3)), *(draw(st.integers(1, 4)) for _ in range(dims)))
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
+    generator = seeded(draw(st.integers(0, 1000)))
     tensor = lambda *size: torch.randn(*size, generator=generator, **double)  # noqa: E731
     channels = shape[1]
     weight, bias = (tensor(channels), tensor(channels)) if draw(st.booleans()) else (None, None)
@@ -147,7 +147,7 @@ def test_batch_norms(problem):
 @st.composite
 def row_norms(draw):
     """A layer norm or a group norm: the function, x, weight, bias."""
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
+    generator = seeded(draw(st.integers(0, 1000)))
     tensor = lambda *size: torch.randn(*size, generator=generator, **double)  # noqa: E731
     dims = draw(st.integers(0, 3))
     shape = (draw(st.integers(1, 3)), draw(st.integers(1, 3)), *(draw(st.integers(1, 4)) for _ in range(dims)))
@@ -515,7 +515,7 @@ def test_autocast_equals_stock_autocast(dtype, net):
     model, x = net().float(), data(n=8)[0].float()
     results = []
     for is_fast in (True, False):
-        with torch.autocast("cpu", dtype):
+        with autocast(dtype):
             results.append(penalty_gradients(model, x, is_fast))
     for ours, stock in zip(*results, strict=True):
         assert ours.dtype == stock.dtype

@@ -6,6 +6,7 @@ import torch
 from algorithm1 import error_of_one
 from hypothesis import given
 from hypothesis import strategies as st
+from nets import seeded
 from torch.autograd import gradcheck, gradgradcheck
 
 from interpgrad.errors import ERRORS, cos, hi
@@ -14,7 +15,7 @@ SHAPES = st.tuples(st.integers(1, 4), st.integers(1, 3), st.integers(1, 4), st.i
 
 
 def pair(shape, seed, dtype=torch.float64):
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     return [torch.randn(shape, generator=generator, dtype=dtype) for _ in range(2)]
 
 

@@ -12,6 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from interpgrad import fast_double_backward
 from interpgrad.double_backward import _REPLACEMENTS
 
+pytestmark = pytest.mark.cpu("fake tensors stand in for the device")
+
 IMAGES = {1: (2, 8, 9), 2: (2, 8, 9, 9), 3: (2, 8, 5, 5, 5)}
 # name -> (how to make the layer, shape of its input); layers with parameters are modules
 LAYERS = {

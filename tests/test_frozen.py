@@ -10,7 +10,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from architectures import ARCHITECTURES, architecture
-from nets import data, small_net
+from nets import autocast, data, seeded, small_net
 from oracle import deterministic, oracle_gradients, relative_difference
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -206,7 +206,7 @@ def pair_of_nets(spelling, activation):
     with torch.no_grad():
         for net in (model, reference):
             net(x)  # lazy layers are made
-            generator = torch.Generator().manual_seed(1)
+            generator = seeded(1)
             for value in (*net.parameters(), *net.buffers()):
                 if value.dim() == 1 and value.is_floating_point():
                     value.uniform_(0.5, 1.5, generator=generator)
@@ -438,7 +438,7 @@ def test_autocast(activation, dtype):
     delta, guided, _ = frozen.reference(reference, x, y)
     expected = gradients_of(frozen.penalty(delta, guided, "cos"), reference)
     reg, x = InterpretableGradientLoss(model, lam=1.0), x.float()
-    with torch.autocast("cpu", dtype):
+    with autocast(dtype):
         with reg.shared_forward():
             model(x)
         value = reg(x, y)

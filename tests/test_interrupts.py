@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 import torch.nn.functional as F
-from nets import data, small_net
+from nets import data, seeded, small_net
 from torch import nn
 from traces import assert_same_trace, trace
 
@@ -65,7 +65,7 @@ def maps(model, x, y):
 
 
 def faithful(model, x, y):
-    metrics.faithfulness(model, x, torch.rand(len(x), 8, 8, generator=torch.Generator().manual_seed(0)), y)
+    metrics.faithfulness(model, x, torch.rand(len(x), 8, 8, generator=seeded(0)), y)
 
 
 CALLS = [plain, shared, both, fast, smoothed, maps, faithful]

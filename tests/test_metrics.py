@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from nets import data, small_net
+from nets import data, seeded, small_net
 from torch import nn
 from traces import assert_same_trace, trace
 
@@ -25,7 +25,7 @@ NAMES = ("AD", "AG", "AI", "INS", "DEL")
 def task(n=3, size=8, seed=0):
     """A model, images, continuous maps without ties, classes."""
     x, y = data(n, size, seed=seed)
-    return small_net(seed).eval(), x, torch.rand(n, size, size, generator=torch.Generator().manual_seed(seed)), y
+    return small_net(seed).eval(), x, torch.rand(n, size, size, generator=seeded(seed)), y
 
 
 def probability(model, image, c):

@@ -5,7 +5,7 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
-from nets import data, small_net
+from nets import autocast, data, seeded, small_net
 from torch import nn
 
 from interpgrad import InterpretableGradientLoss, input_gradients, saliency
@@ -34,7 +34,7 @@ def test_the_gradient_of_the_penalty_points_where_that_of_single_precision_does(
     model, (x, y) = small_net().train(training).float(), data(n=16, size=16)
     x = x.float()
     exact = flat_gradient(InterpretableGradientLoss(model, error, lam=1.0)(x, y), model)
-    with torch.autocast("cpu", dtype):
+    with autocast(dtype):
         value = term(model, InterpretableGradientLoss(model, error, lam=1.0), x, y, shared)
     assert value.dtype == torch.float32
     found, scale = torch.tensor(torch.inf), 2.0**16
@@ -60,15 +60,15 @@ def trained(dtype, shared, normalize, steps=200):
     layers = [layer for i, o, stride in sizes for layer in (nn.Conv2d(i, o, 3, stride, 1), norm(o), nn.ReLU())]
     model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 4))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.03, momentum=0.9)
-    scaler = torch.amp.GradScaler("cpu", growth_interval=50, enabled=dtype == torch.float16)
+    scaler = torch.amp.GradScaler(torch.get_default_device().type, growth_interval=50, enabled=dtype == torch.float16)
     reg = InterpretableGradientLoss(model, lam=0.1)
-    generator = torch.Generator().manual_seed(1)
+    generator = seeded(1)
     means = 2 * torch.randn(4, 3, 16, 16, generator=generator)
     entropies, penalties, skipped = [], [], 0
     for _ in range(steps):
         y = torch.randint(4, (16,), generator=generator)
         x = means[y] + 0.5 * torch.randn(16, 3, 16, 16, generator=generator)
-        with torch.autocast("cpu", dtype):
+        with autocast(dtype):
             with reg.shared_forward() if shared else torch.enable_grad():
                 logits = model(x)
             entropy, penalty = F.cross_entropy(logits, y), reg(x, y)
@@ -106,7 +106,7 @@ def test_samples_whose_gradient_underflows_at_half_precision_logits():
     """More confident than float16 can say: cross-entropies of 1e-9, below its smallest number."""
     model, x, y = confident_net(margin=21)
     exact = InterpretableGradientLoss(model, lam=1.0)(x, y)
-    with torch.autocast("cpu", torch.float16):
+    with autocast(torch.float16):
         value = InterpretableGradientLoss(model, lam=1.0)(x, y)
     torch.testing.assert_close(value, exact, atol=0.02, rtol=0)
     gradients = [flat_gradient(each, model) for each in (value, exact)]
@@ -128,7 +128,7 @@ class Autocasting(nn.Module):
         self.model = model
 
     def forward(self, x):
-        with torch.autocast("cpu", torch.float16):
+        with autocast(torch.float16):
             return self.model(x).float()
 
 
@@ -140,7 +140,7 @@ def test_float16_wherever_autocast_is_switched_on(margin, settings):
     reg = InterpretableGradientLoss(model, lam=1.0, **settings)
     expected = reg(x, y).item()
     for inside in (True, False):
-        with torch.autocast("cpu", torch.float16):
+        with autocast(torch.float16):
             with reg.shared_forward():
                 model(x)
             if inside:
@@ -159,7 +159,7 @@ def test_saliency_in_float16(margin):
     for function in (saliency.gradient, saliency.guided_gradient, saliency.smooth_gradient):
         settings = {"samples": 3} if function is saliency.smooth_gradient else {}
         expected = function(model, x, y, criterion="log_prob", **settings)
-        with torch.autocast("cpu", torch.float16):
+        with autocast(torch.float16):
             found = function(model, x, y, criterion="log_prob", **settings)
         assert found.dtype == torch.float32
         # Sample by sample: the surest would not show in a norm of all.
@@ -175,7 +175,7 @@ def test_a_network_that_amplifies_its_gradients():
     x = x.float() / 1024
     exact = InterpretableGradientLoss(model, lam=1.0, criterion="logit")(x, y)
     assert 256 * input_gradients(model, x, y, criterion="logit")[0].abs().max() > torch.finfo(torch.float16).max
-    with torch.autocast("cpu", torch.float16):
+    with autocast(torch.float16):
         value = InterpretableGradientLoss(model, lam=1.0, criterion="logit")(x, y)
     torch.testing.assert_close(value, exact, atol=0.02, rtol=0)
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nets import data, small_net
+from nets import data, seeded, small_net
 from torch import nn
 from traces import assert_same_trace, trace
 
@@ -410,7 +410,7 @@ def test_smooth_gradient():
     torch.testing.assert_close(
         saliency.smooth_gradient(model, x, y, noise=0, samples=3), saliency.gradient(model, x, y)
     )
-    generator = torch.Generator().manual_seed(5)
+    generator = seeded(5)
     expected = torch.zeros_like(x)
     for n, image in enumerate(x):
         for _ in range(6):
