@@ -21,7 +21,8 @@ from interpgrad.double_backward import fast_double_backward
 from interpgrad.double_backward.engine import Root
 from interpgrad.double_backward.sync_batch_norm import replaced_sync_batch_norm
 from interpgrad.model import logits_of, unwrap
-from interpgrad.private import frees_parameters, is_compiled_in_place, is_compiled_wrapper
+from interpgrad.private import is_compiled_in_place, is_compiled_wrapper
+from interpgrad.sharded import parameters_kept
 
 _ROOT: Any = Root._backward_cls
 
@@ -34,14 +35,16 @@ class Forward(NamedTuple):
         image: the same values at the root of the graph, in which gradients are taken.
         root: the node between that and the copy the model was given.
         output: what the model returned.
-        recomputed: the module, if backward passes run some of its layers again, as under checkpointing.
+        module: the model, unwrapped.
+        recomputes: whether backward passes run some of its layers again, as under checkpointing.
     """
 
     x: Tensor
     image: Tensor
     root: Any
     output: Any
-    recomputed: nn.Module | None
+    module: nn.Module
+    recomputes: bool
 
     @property
     def logits(self) -> Tensor:
@@ -49,12 +52,13 @@ class Forward(NamedTuple):
         return logits_of(self.output)
 
     @contextmanager
-    def inner_passes(self) -> Iterator[None]:
-        """The context of backward passes that are not the user's.
+    def inner_passes(self, *, create_graph: bool) -> Iterator[None]:
+        """The context of backward passes that are not the user's, of whose results he takes derivatives or not.
 
         Layers that run again count no batch twice. Nothing is cast: the user's autocast is for forward passes.
         """
-        with _own_buffers(self.recomputed) if self.recomputed else nullcontext(), without_autocast(self.image.device):
+        buffers = _own_buffers(self.module) if self.recomputes else nullcontext()
+        with buffers, parameters_kept(self.module, afterwards=create_graph), without_autocast(self.image.device):
             yield
 
     def close(self) -> None:
@@ -87,7 +91,7 @@ def forward_without_trace(
         _eager(),
     ):
         output = module(model_input, *args, **(kwargs or {}))
-        return Forward(x, image, root, output, module if recording.recomputes else None)
+        return Forward(x, image, root, output, module, recording.recomputes)
 
 
 class Recorder:
@@ -158,7 +162,7 @@ class Recorder:
             return
         begun = self._calls.pop()
         if begun and output is not None:
-            self.forward = Forward(*begun, _as_returned(output), module if self._mode.recomputes else None)
+            self.forward = Forward(*begun, _as_returned(output), module, self._mode.recomputes)
             self.finished += 1
             self._state = _state_of(module)
 
@@ -308,17 +312,10 @@ def _refuse_unusable(module: nn.Module) -> None:
         if sharded and isinstance(part, sharded.FullyShardedDataParallel):
             raise RuntimeError(
                 "expected parameters that stay for several backward passes, got a FullyShardedDataParallel module: "
-                "use FSDP2, torch.distributed.fsdp.fully_shard, with model.set_reshard_after_backward(False), or DDP."
+                "use FSDP2, torch.distributed.fsdp.fully_shard, or DDP."
             )
         if isinstance(part, torch.jit.ScriptModule):
             raise RuntimeError(
                 f"expected nn.Modules, got a TorchScript module ({part.original_name}), whose graph hides its "
                 "activations: use the nn.Module it was scripted from."
-            )
-        if frees_parameters(part):
-            raise RuntimeError(
-                "expected parameters that stay after a backward pass, got an FSDP2 module that frees them "
-                f"({type(part).__name__}): call model.set_reshard_after_backward(False) before the forward pass, "
-                "and model.set_reshard_after_backward(True) before loss.backward(), or the next step uses old "
-                "parameters."
             )

@@ -114,7 +114,7 @@ def gradient_pair(
     if create_graph or batch_norm == "frozen":
         graph.refuse_sync_batch_norm(operations)
 
-    network = frozen.Network(operations, forward.inner_passes)
+    network = frozen.Network(operations, functools.partial(forward.inner_passes, create_graph=create_graph))
     passes = _InnerPasses(forward, network, batch_norm, activations, create_graph)
     float16 = torch.float16 in (image.dtype, logits.dtype) or graph.casts_to(torch.float16, operations)
     names = frozenset((*operations, *graph.operations(v, until=logits)))

@@ -13,7 +13,11 @@ from torch.autograd.graph import Node
 
 from interpgrad import private
 
-# What hides the activations behind one node, and the way out.
+_TENSOR_PARALLEL = (
+    "the double backward of tensor-parallel layers (DTensor) is lost between ranks; split the batch instead, "
+    "with DDP or FSDP2"
+)
+# What hides the activations behind one node, or the derivatives, and the way out.
 _OPAQUE = {
     "CompiledFunction": "a torch.compile graph has no double backward and hides its activations; call the "
     "loss without shared_forward(), on the module that was compiled (or compile after the training step)",
@@ -23,6 +27,9 @@ _OPAQUE = {
     "CondAutogradOp": "torch.cond hides the activations of its branches; branch in Python instead",
     "CheckpointFunction": "reentrant activation checkpointing does not support torch.autograd.grad; "
     "use torch.utils.checkpoint.checkpoint(..., use_reentrant=False)",
+    "_ToTorchTensor": _TENSOR_PARALLEL,
+    "_FromTorchTensor": _TENSOR_PARALLEL,
+    "Redistribute": _TENSOR_PARALLEL,
 }
 
 

@@ -118,13 +118,12 @@ def is_compiled_in_place(module: nn.Module) -> bool:
     return getattr(module, "_compiled_call_impl", None) is not None
 
 
-def frees_parameters(module: nn.Module) -> bool:
-    """Whether an FSDP2 module frees its parameters after a backward pass: `_fsdp_param_group(s)`, torch 2.4 to 2.14.
+def parameter_groups(module: nn.Module) -> list[Any]:
+    """The groups by which FSDP2 gathers and frees parameters: `_fsdp_param_group(s)`, torch 2.4 to 2.14.
 
-    Without it FSDP2 itself fails in the second of two backward passes.
+    Without them FSDP2 itself fails in the second of two backward passes.
     """
-    if not hasattr(module, "set_reshard_after_backward"):
-        return False
-    state: Any = module._get_fsdp_state()  # type: ignore[operator]
-    groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
-    return any(getattr(group, "reshard_after_backward", False) for group in groups)
+    sharded = [part for part in module.modules() if hasattr(part, "set_reshard_after_backward")]
+    states: list[Any] = [part._get_fsdp_state() for part in sharded]  # type: ignore[operator]
+    of_each = [getattr(state, "_fsdp_param_groups", [getattr(state, "_fsdp_param_group", None)]) for state in states]
+    return [group for groups in of_each for group in groups if group is not None]

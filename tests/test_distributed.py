@@ -349,42 +349,89 @@ def test_sync_batch_norm_beside_smooth_activations(shared):
     spawn(sync_batch_norm, shared, "frozen", nn.SiLU)
 
 
-def fsdp2(rank, shared):
+def smooth_net():
+    """Batch norm and a smooth activation: delta is differentiated in a pass of its own. In evaluation mode one net."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 6, 3, padding=1),
+        nn.BatchNorm2d(6),
+        nn.SiLU(),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(24, 4),
+    ).double()
+
+
+def sharded(build):
+    """FSDP2's units are the layers with parameters, and the whole."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
+
+    model, mesh = build(), init_device_mesh("cpu", (dist.get_world_size(),))
+    for layer in model:
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def are_freed(model):
+    """Whether the parameters are the rank's own shares, and no gradient waits."""
     from torch.distributed.tensor import DTensor
 
-    model = net()
-    mesh = init_device_mesh("cpu", (WORLD,))
-    for index in (0, 2, 7):
-        fully_shard(model[index], mesh=mesh)
-    fully_shard(model, mesh=mesh)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    reg = InterpretableGradientLoss(model, lam=0.5)
-    x, y = batches()[0]
-    message = r"call model.set_reshard_after_backward\(False\)"
-    with pytest.raises(RuntimeError, match=message):
-        term(model, reg, half(rank, x), half(rank, y), shared)
-    model.zero_grad()
-    single = net()
-    alone, reference = InterpretableGradientLoss(single, lam=0.5), torch.optim.SGD(single.parameters(), lr=0.1)
+    return all(isinstance(each, DTensor) for each in model.parameters())
+
+
+def fsdp2(rank, build, shared, keeps):
+    model, single = sharded(build), build()
+    optimizer, reference = (torch.optim.SGD(each.parameters(), lr=0.1) for each in (model, single))
+    reg, alone = InterpretableGradientLoss(model, lam=0.5), InterpretableGradientLoss(single, lam=0.5)
+    model.set_reshard_after_backward(not keeps)
     for x, y in batches() * 2:
+        images, targets = (half(rank, x), half(rank, y)) if build is net else (x, y)
         optimizer.zero_grad()
-        model.set_reshard_after_backward(False)  # the inner gradients leave the parameters where they are
-        loss = term(model, reg, half(rank, x), half(rank, y), shared)
-        model.set_reshard_after_backward(True)  # the last pass of the step frees them
-        loss.backward()
+        term(model, reg, images, targets, shared).backward()
+        assert are_freed(model) == (not keeps)
         reference.zero_grad()
         term(single, alone, x, y, shared).backward()
+        if keeps:
+            model.reshard()
+            for layer in model:
+                if hasattr(layer, "reshard"):
+                    layer.reshard()
         assert_equal(model, {name: value.grad for name, value in single.named_parameters()})
         optimizer.step()
         reference.step()
-        for (name, value), expected in zip(model.named_parameters(), single.parameters(), strict=True):
-            assert isinstance(value, DTensor), name  # sharded again
-            torch.testing.assert_close(value.full_tensor(), expected)
+        if not keeps:
+            with torch.no_grad():  # nothing comes after: the next step would use what was not freed
+                torch.testing.assert_close(reg(x, y), alone(x, y))
+            assert are_freed(model)
+            torch.testing.assert_close(input_gradients(model, x, y), input_gradients(single, x, y))
+            assert are_freed(model)
 
 
 @pytest.mark.skipif(not hasattr(torch.distributed.fsdp, "fully_shard"), reason="FSDP2 is not public in this torch")
+@pytest.mark.parametrize("keeps", [False, True], ids=["freed", "kept by the user"])
 @pytest.mark.parametrize("shared", [False, True])
-def test_fsdp2(shared):
-    spawn(fsdp2, shared)
+@pytest.mark.parametrize("build", [net, smooth_net])
+def test_fsdp2(build, shared, keeps):
+    spawn(fsdp2, build, shared, keeps)
+
+
+def tensor_parallel(rank, shared):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    layers = nn.Flatten(), nn.Linear(192, 8), nn.ReLU(), nn.Linear(8, 4)
+    model = nn.Sequential(*layers).double()
+    model = parallelize_module(
+        model, init_device_mesh("cpu", (WORLD,)), {"1": ColwiseParallel(), "3": RowwiseParallel()}
+    )
+    reg, (x, y) = InterpretableGradientLoss(model, lam=0.5), data()
+    with pytest.raises(RuntimeError, match=r"tensor-parallel layers \(DTensor\).*with DDP or FSDP2"):
+        term(model, reg, x, y, shared)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_tensor_parallel_layers_are_refused(shared):
+    """Stock PyTorch loses the penalty's gradient there, or gets it wrong, without a word."""
+    spawn(tensor_parallel, shared)

@@ -5,7 +5,6 @@ import re
 
 import pytest
 import torch
-import torch.distributed as dist
 from nets import data, small_net
 from torch import nn
 from torch.autograd import Function
@@ -295,25 +294,3 @@ def test_no_path_to_the_images(where):
     criterion = (lambda z, y: z.detach().sum()) if where == "criterion" else "log_prob"
     with raises(RuntimeError, "depends on the images", "torch.no_grad() or .detach()"):
         InterpretableGradientLoss(model, criterion=criterion)(*data())
-
-
-def test_fsdp2_that_frees_parameters():
-    fsdp = pytest.importorskip("torch.distributed.fsdp")
-    if not hasattr(fsdp, "fully_shard"):
-        pytest.skip("FSDP2 is not public in this release of torch")
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
-        model, (x, y) = small_net().float(), data()
-        fsdp.fully_shard(model[0], mesh=mesh)
-        fsdp.fully_shard(model, mesh=mesh)
-        reg = InterpretableGradientLoss(model, lam=1.0)
-        with raises(RuntimeError, "FSDP2", "set_reshard_after_backward(False)"):
-            reg(x.float(), y)
-        with raises(RuntimeError, "FSDP2", "set_reshard_after_backward(False)"), reg.shared_forward():
-            model(x.float())
-        model.set_reshard_after_backward(False)
-        expected = InterpretableGradientLoss(small_net().float(), lam=1.0)(x.float(), y)
-        torch.testing.assert_close(reg(x.float(), y), expected)
-    finally:
-        dist.destroy_process_group()

@@ -29,7 +29,8 @@ MAY_IMPORT = {
     "double_backward": {"autocast", "private", "signals"},
     "guided": {"graph"},
     "frozen": {"double_backward", "graph"},
-    "forward": {"autocast", "double_backward", "model", "private"},
+    "sharded": {"private"},
+    "forward": {"autocast", "double_backward", "model", "private", "sharded"},
     "gradients": {
         "autocast",
         "criteria",
