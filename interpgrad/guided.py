@@ -108,6 +108,13 @@ class _Clamp:
 
     def __call__(self, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
         self.met += 1
+        if any(
+            gradient is not None and gradient.is_nested and gradient.layout == torch.strided for gradient in gradients
+        ):
+            raise RuntimeError(
+                "expected activations of ordinary or jagged tensors, got nested ones with layout=torch.strided, whose "
+                "gradients PyTorch's hooks do not take: make them with layout=torch.jagged."
+            )
         return tuple(None if gradient is None else gradient.clamp(min=0) for gradient in gradients)
 
 

@@ -249,11 +249,6 @@ def through(function):
     return Net()
 
 
-def nested(h):
-    parts = torch.nested.nested_tensor([h[0], h[1]])
-    return torch.stack([part * 1 for part in F.relu(parts).unbind()] + list(h[2:]))
-
-
 FUNCTIONS = {
     "relu6 in place, then more in place": lambda h: F.relu6(h * 3, inplace=True).add_(0.1).mul_(2),
     "hardtanh in place, then more in place": lambda h: F.hardtanh(h * 3, inplace=True).add_(0.1),
@@ -277,6 +272,45 @@ def test_operations_that_stock_takes(name):
     InterpretableGradientLoss(model, lam=1.0)(x, y).backward()
     assert model.conv.weight.grad.isfinite().all()
     assert model.conv.weight.grad.any()
+
+
+class Tokens(nn.Module):
+    """Tokens of which every sample has another number, as a nested tensor or padded."""
+
+    def __init__(self, layout=None):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layout = layout
+        self.embed, self.norm = nn.Conv2d(3, 6, 2, stride=2).double(), nn.LayerNorm(6).double()
+        self.mix, self.head = nn.Linear(6, 6).double(), nn.Linear(6, 4).double()
+
+    def forward(self, x):
+        h = self.embed(x).flatten(2).transpose(1, 2)
+        parts = [tokens[: 2 + index] for index, tokens in enumerate(h)]
+        if self.layout is None:
+            h = nn.utils.rnn.pad_sequence([F.relu(self.norm(self.mix(part))) for part in parts], batch_first=True)
+        else:
+            h = F.relu(self.norm(self.mix(torch.nested.as_nested_tensor(parts, layout=self.layout))))
+            h = torch.nested.to_padded_tensor(h, 0.0)
+        return self.head(h.mean(1))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_tensors():
+    """Both gradients are right; stock has no double backward of them, and the loss says so in its words."""
+    x, y = data(n=3)
+    expected = input_gradients(Tokens(), x, y)
+    model = Tokens(torch.jagged)
+    same(input_gradients(model, x, y), expected)
+    images = x.clone().requires_grad_()
+    log_prob = F.log_softmax(model(images), 1).gather(1, y[:, None]).sum()
+    same(torch.autograd.grad(log_prob, images, retain_graph=True), expected[:1])
+    with pytest.raises(RuntimeError, match="not differentiable"):
+        torch.autograd.grad(log_prob, images, create_graph=True)
+    with pytest.raises(RuntimeError, match="not differentiable"):
+        InterpretableGradientLoss(model, lam=1.0)(x, y)
+    with pytest.raises(RuntimeError, match=r"make them with layout=torch\.jagged"):
+        input_gradients(Tokens(torch.strided), x, y)
 
 
 def test_hardsigmoid_whose_saved_tensors_are_kept_on_the_cpu():
