@@ -250,30 +250,46 @@ def _recording(module: nn.Module, batch_norm: str, *, without_trace: bool = Fals
             yield mode
 
 
-_on_clones: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+class _Swapped(NamedTuple):
+    """A module whose buffers are clones: its own, and one entry for each context it is so for."""
+
+    own: list[tuple[nn.Module, dict[str, Tensor | None]]]
+    users: list[None]
+
+
+_swapped: weakref.WeakKeyDictionary[nn.Module, _Swapped] = weakref.WeakKeyDictionary()
+_swapping = threading.Lock()
 
 
 @contextmanager
 def _own_buffers(module: nn.Module) -> Iterator[None]:
     """Give the modules clones of their buffers, and back their own, with what they hold.
 
-    By hand: torch.func.functional_call loses the buffers of a module that is reachable under two names.
+    By hand: torch.func.functional_call loses the buffers of a module that is reachable under two names. Layers that run
+    again in a backward pass, on whatever thread, find them given, and the last to leave gives back.
     """
-    if module in _on_clones:
-        yield
-        return
-    own = [(part, dict(part._buffers)) for part in module.modules()]
-    clones = {id(buffer): buffer.clone() for _, buffers in own for buffer in buffers.values() if buffer is not None}
-    _on_clones.add(module)
+    with _swapping:
+        swapped = _swapped.get(module) or _Swapped([(part, dict(part._buffers)) for part in module.modules()], [])
+        if not swapped.users:
+            _give_clones(swapped.own)
+            _swapped[module] = swapped
+        swapped.users.append(None)
     try:
-        for part, buffers in own:
-            part._buffers.update({name: clones.get(id(buffer)) for name, buffer in buffers.items()})
         yield
     finally:
-        for part, buffers in own:
-            part._buffers.clear()
-            part._buffers.update(buffers)
-        _on_clones.discard(module)
+        with _swapping:
+            swapped.users.pop()
+            if not swapped.users:
+                del _swapped[module]
+                for part, buffers in swapped.own:
+                    part._buffers.clear()
+                    part._buffers.update(buffers)
+
+
+def _give_clones(own: list[tuple[nn.Module, dict[str, Tensor | None]]]) -> None:
+    clones = {id(buffer): buffer.clone() for _, buffers in own for buffer in buffers.values() if buffer is not None}
+    for part, buffers in own:
+        part._buffers.update({name: clones.get(id(buffer)) for name, buffer in buffers.items()})
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from interpgrad.criteria import Criterion, Derivative, derivative_of
 from interpgrad.double_backward import sync_batch_norm
 from interpgrad.forward import Forward, check_batch, forward_without_trace
 from interpgrad.guided import check_activations, guided_backward
-from interpgrad.model import class_logits
+from interpgrad.model import alone_with, class_logits
 from interpgrad.signals import uninterrupted
 
 BATCH_NORM = ("frozen", "coupled")
@@ -73,7 +73,7 @@ def input_gradients(
     check_activations(activations)
     check_batch_norm(batch_norm)
     derivative = derivative_of(criterion)
-    with torch.enable_grad():
+    with alone_with(model), torch.enable_grad():
         forward = forward_without_trace(model, x, batch_norm=batch_norm)
         y = class_logits(forward.logits.detach()).argmax(1) if y is None else y
         return gradient_pair(

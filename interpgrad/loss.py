@@ -15,6 +15,7 @@ from interpgrad.errors import ERRORS, cos
 from interpgrad.forward import Forward, Recorder, check_batch, forward_without_trace
 from interpgrad.gradients import check_batch_norm, gradient_pair
 from interpgrad.guided import check_activations
+from interpgrad.model import alone_with
 from interpgrad.signals import uninterrupted, uninterrupted_context
 
 
@@ -66,6 +67,9 @@ class InterpretableGradientLoss(nn.Module):
     The extra forward pass of a plain call gives back buffers, modes and random states, of Python and numpy too. It
     cannot take back what a model or its hooks write elsewhere (lists, counters, attributes, such as the auxiliary
     losses of a mixture of experts): a shared forward pass is the user's own and has no such question.
+
+    Threads that use one model here, for losses, gradients, maps or metrics, wait for each other. Nothing waits for the
+    model's own forward pass on another thread, which must not run at the same time.
 
     With frozen statistics a sample's gradients depend on that sample alone; the extra pass normalizes with the
     batch's statistics and does not update the running ones.
@@ -152,7 +156,7 @@ class InterpretableGradientLoss(nn.Module):
             return _zero(x)
 
         lam = self._weight()
-        with torch.enable_grad():
+        with alone_with(self.model), torch.enable_grad():
             if training and self._recorder and self._recorder.forward and self._recorder.up_to_date():
                 forward = _same_images(self._recorder.forward, x)
             else:

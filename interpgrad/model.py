@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -51,18 +54,29 @@ def class_logits(logits: Tensor) -> Tensor:
     return torch.cat([-logits / 2, logits / 2], 1) if logits.dim() > 1 and logits.shape[1] == 1 else logits
 
 
+_locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
+_making_a_lock = threading.Lock()
+
+
+def alone_with(model: nn.Module) -> AbstractContextManager[Any]:
+    """Other threads of this package wait: they would change the model's modes, buffers and hooks, or put them back."""
+    with _making_a_lock:
+        return _locks.setdefault(unwrap(model), threading.RLock())
+
+
 @uninterrupted_context
 def evaluation_mode(model: nn.Module, *, gradients: bool) -> Iterator[None]:
     """The model in evaluation mode, and gradients recorded or not; afterwards all modes as they were."""
-    modes, recorded = [(module, module.training) for module in model.modules()], torch.is_grad_enabled()
-    try:
-        model.eval()
-        torch.set_grad_enabled(gradients)
-        yield
-    finally:
-        torch.set_grad_enabled(recorded)
-        for module, training in modes:
-            module.training = training
+    with alone_with(model):
+        modes, recorded = [(module, module.training) for module in model.modules()], torch.is_grad_enabled()
+        try:
+            model.eval()
+            torch.set_grad_enabled(gradients)
+            yield
+        finally:
+            torch.set_grad_enabled(recorded)
+            for module, training in modes:
+                module.training = training
 
 
 def classes_to_explain(target: Any, logits: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from oracle import oracle_gradients, relative_difference
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from interpgrad import InterpretableGradientLoss, input_gradients
+from interpgrad import InterpretableGradientLoss, input_gradients, metrics, saliency
 
 TIMM = {
     "vit_tiny_patch16_224": {"img_size": 32, "patch_size": 8, "depth": 3},
@@ -316,6 +316,53 @@ def test_two_regularizers_in_two_threads_do_not_see_each_other():
         thread.join()
     for index in range(2):
         assert torch.equal(together[index], alone[index])
+
+
+def test_many_threads_on_one_model():
+    """Losses, gradients, maps and metrics at once: the values of each alone, and the model as it was."""
+
+    class Checkpointed(nn.Module):  # backward passes work on its buffers, too
+        def __init__(self):
+            super().__init__()
+            self.net = small_net()
+
+        def forward(self, x):
+            return checkpoint(self.net, x, use_reentrant=False)
+
+    model, (x, y) = Checkpointed().train(), data(n=4)
+    maps = torch.rand(4, 8, 8, generator=seeded(0))
+    calls = [
+        lambda: InterpretableGradientLoss(model)(x, y),
+        lambda: input_gradients(model, x, y)[1],
+        lambda: saliency.guided_gradient(model, x, y),
+        lambda: saliency.grad_cam(model, x, "net.4", y),
+        lambda: saliency.ablation_cam(model, x, "net.4", y),
+        lambda: metrics.faithfulness(model, x, maps, y)["AD"],
+    ]
+    expected = [call().detach() for call in calls]
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    buffers = [id(buffer) for buffer in model.buffers()]
+    failures = []
+
+    def run(turn):
+        try:
+            for index in range(3 * len(calls)):
+                which = (index * (turn + 1)) % len(calls)
+                assert torch.equal(calls[which]().detach(), expected[which]), which
+        except BaseException as failure:
+            failures.append(failure)
+
+    threads = [threading.Thread(target=run, args=(turn,)) for turn in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    assert all(module.training for module in model.modules())
+    assert [id(buffer) for buffer in model.buffers()] == buffers
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, state[name]), name
 
 
 def test_attention_kernels_under_interleaved_threads():

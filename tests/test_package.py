@@ -42,7 +42,7 @@ MAY_IMPORT = {
         "model",
         "signals",
     },
-    "loss": {"autocast", "criteria", "double_backward", "errors", "forward", "gradients", "guided", "signals"},
+    "loss": {"autocast", "criteria", "double_backward", "errors", "forward", "gradients", "guided", "model", "signals"},
     "saliency": {"criteria", "forward", "gradients", "guided", "model", "signals"},
     "__init__": {"double_backward", "gradients", "loss", "transforms"},  # and those by name, once they are asked for
 }
