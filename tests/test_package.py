@@ -19,9 +19,8 @@ MAY_IMPORT = {
     "private": set(),
     "signals": set(),
     "model": {"private", "signals"},
-    "plot": set(),
-    "metrics": {"model", "faithfulness"},  # one name, imported where it is asked for
-    "faithfulness": {"metrics"},
+    "metrics": {"model"},
+    "plot": {"metrics"},
     "graph": {"private"},
     "criteria": {"autocast", "graph", "model"},
     "transforms": set(),
