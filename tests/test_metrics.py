@@ -228,7 +228,7 @@ def test_directions():
     curves = torch.tensor([[0.1, 0.9, 1.0], [0.1, 0.1, 1.0]])  # an early rise and a late one
     better["INS"] = tuple(metrics.area(curves))
     better["DEL"] = tuple(metrics.area(1 - curves))
-    assert metrics.HIGHER_IS_BETTER == {name: bool(good > bad) for name, (good, bad) in better.items()}
+    assert {name: bool(good > bad) for name, (good, bad) in better.items()} == metrics.HIGHER_IS_BETTER
     assert tuple(better) == NAMES
 
 

@@ -328,7 +328,7 @@ def _check_images(x: Any, maps: Any, chunk_size: int) -> None:
     if maps.min() < -_ROUNDING or maps.max() > 1 + _ROUNDING:
         raise ValueError(
             f"expected maps in [0, 1], got values from {float(maps.min()):.3g} to {float(maps.max()):.3g}: scale each "
-            "map, (map - min) / (max - min)."
+            "map, (map - min) / (max - min), as interpgrad.saliency.scale does."
         )
     if chunk_size < 1:
         raise ValueError(f"expected chunk_size of at least 1, got {chunk_size}.")
