@@ -30,6 +30,7 @@ from tqdm import tqdm
 from interpgrad import metrics, saliency
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+from markdown_table import markdown_table
 
 PEERS = {
     "grad_cam": "GradCAM",
@@ -203,14 +204,20 @@ def row(name: str, peer: str, images: int, seconds: dict[str, float], difference
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    lines = ["| network | | images | images/s | peer | its images/s | faster by |", "| --- |" + " --- |" * 6]
-    lines += [
-        f"| {result['model']}, {result['size']}² | {each['name']} | {each['images']} | {each['images_per_second']:.1f} "
-        f"| {each['peer']} | {each['peer_images_per_second']:.1f} | {each['speedup']:.1f} |"
+    rows = [
+        [
+            f"{result['model']}, {result['size']}²",
+            each["name"],
+            str(each["images"]),
+            f"{each['images_per_second']:.1f}",
+            each["peer"],
+            f"{each['peer_images_per_second']:.1f}",
+            f"{each['speedup']:.1f}",
+        ]
         for result in results
         for each in result["rows"]
     ]
-    return "\n".join(lines)
+    return markdown_table(["network", "", "images", "images/s", "peer", "its images/s", "faster by"], rows)
 
 
 def arguments() -> argparse.Namespace:

@@ -24,11 +24,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from classifiers import Network, last_layer, load
 from figures import OBJECTS, scaled
 from images import BadInputError, digits_on_photographs
+from markdown_table import markdown_table
 from quickstart import positive
+from scipy import stats
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 from tqdm import tqdm
@@ -46,7 +49,8 @@ TITLES = {
 }
 # INS/y is insertion divided by the mean confidence in the whole images; the size of a map, its mean, is no merit, but
 # AD, AG and AI reward it.
-METRICS = {"AD": "AD↓", "AG": "AG↑", "AI": "AI↑", "INS": "INS↑", "DEL": "DEL↓", "INS/y": "INS/y↑", "size": "size"}
+METRICS = {name: name + ("↑" if higher else "↓") for name, higher in metrics.HIGHER_IS_BETTER.items()}
+METRICS |= {"INS/y": "INS/y↑", "size": "size"}
 RESAMPLES = 10_000
 
 
@@ -88,7 +92,7 @@ def read_task(data: Path | None, size: int, limit: int | None) -> Task:
 
 
 def evaluate(network: Network, task: Task, layer: str, method: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Every metric of every image, and how many images a second were explained, and measured."""
+    """Every metric of every image, in percent, and how many images a second were explained, and measured."""
     mean, std = (torch.tensor(each, device=options.device).view(-1, 1, 1) for each in (network.mean, network.std))
     found: dict[str, list[Tensor]] = {name: [] for name in METRICS}
     seconds = {"maps": 0.0, "metrics": 0.0}
@@ -120,7 +124,7 @@ def evaluate(network: Network, task: Task, layer: str, method: str, options: arg
             hits += int((probabilities.argmax(1) == labels).sum())
             explained = labels if options.target == "label" else probabilities.argmax(1)
             confidence.append(probabilities.gather(1, explained[:, None]).squeeze(1))
-            for name, value in (values | {"INS/y": values["INS"], "size": maps.mean((1, 2))}).items():
+            for name, value in (values | {"INS/y": values["INS"], "size": 100 * maps.mean((1, 2))}).items():
                 found[name].append(value.cpu())
             count += len(x)
             progress.update(len(x))
@@ -162,6 +166,7 @@ def evaluate_once(network: Network, task: Task, layer: str, method: str, options
         "target": options.target,
         "protocol": str(metrics.PROTOCOLS[options.protocol]),
         "denominator": options.denominator,
+        "unit": "percent",
         "criterion": options.criterion if method not in saliency.CAMS else None,
     }
     path = options.output / f"{network.name}-{method}.json"
@@ -176,17 +181,11 @@ def evaluate_once(network: Network, task: Task, layer: str, method: str, options
     return result
 
 
-def bootstrap(before: list[float], after: list[float], generator: torch.Generator) -> tuple[float, float, float]:
-    """The mean difference after - before over the same images, and its 95% confidence interval."""
-    difference = torch.tensor(after, dtype=torch.float64) - torch.tensor(before, dtype=torch.float64)
-    means = torch.stack(
-        [
-            difference[torch.randint(len(difference), (len(difference),), generator=generator)].mean()
-            for _ in range(RESAMPLES)
-        ]
-    )
-    low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return float(difference.mean()), low, high
+def bootstrap(before: list[float], after: list[float], rng: np.random.Generator) -> tuple[float, float, float]:
+    """The mean difference after - before over the same images, and its 95% confidence interval (percentiles)."""
+    difference = np.subtract(after, before)
+    found = stats.bootstrap([difference], np.mean, n_resamples=RESAMPLES, batch=100, method="percentile", rng=rng)
+    return float(difference.mean()), *map(float, found.confidence_interval)
 
 
 def rows_of(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -195,7 +194,7 @@ def rows_of(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for method in dict.fromkeys(each["method"] for each in results):
         group = [each for each in results if each["method"] == method]
         for each in group:
-            values = {name: 100 * statistics.fmean(each["values"][name]) for name in METRICS}
+            values = {name: statistics.fmean(each["values"][name]) for name in METRICS}
             speed = each["images_per_second"]
             rows.append(
                 {"method": method, "network": each["network"]}
@@ -203,10 +202,9 @@ def rows_of(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 | {"maps/s": speed["maps"], "metrics/s": speed["metrics"]}
             )
         if len(group) == 2:
-            generator = torch.Generator().manual_seed(0)
+            rng = np.random.default_rng(0)
             differences = {
-                name: [100 * each for each in bootstrap(group[0]["values"][name], group[1]["values"][name], generator)]
-                for name in METRICS
+                name: list(bootstrap(group[0]["values"][name], group[1]["values"][name], rng)) for name in METRICS
             }
             rows.append({"method": method, "network": "difference"} | differences)
     return rows
@@ -226,10 +224,7 @@ def report_of(results: list[dict[str, Any]]) -> dict[str, Any]:
 def markdown(report: dict[str, Any]) -> str:
     """The table, with what it was measured on and how."""
     names = [name for name in METRICS if name in report["rows"][0]]
-    lines = [
-        "| method | network | " + " | ".join(METRICS[name] for name in names) + " | maps/s | metrics/s |",
-        "| --- | --- |" + " --- |" * (len(names) + 2),
-    ]
+    rows = []
     for row in report["rows"]:
         if row["network"] == "difference":
             cells = [
@@ -238,7 +233,7 @@ def markdown(report: dict[str, Any]) -> str:
             ] + ["", ""]
         else:
             cells = [f"{row[name]:.2f}" for name in names] + [f"{row['maps/s']:.1f}", f"{row['metrics/s']:.1f}"]
-        lines.append(f"| {TITLES[row['method']]} | {row['network']} | " + " | ".join(cells) + " |")
+        rows.append([TITLES[row["method"]], row["network"], *cells])
     settings = report["settings"]
     accuracy = ", ".join(f"{name} {100 * value:.1f}%" for name, value in report["accuracy"].items())
     what = "the predicted class" if settings["target"] == "predicted" else "the labelled class"
@@ -251,7 +246,8 @@ def markdown(report: dict[str, Any]) -> str:
             " Differences: second network minus first, with the 95% confidence interval of a paired bootstrap over "
             f"the images ({RESAMPLES} resamples); * where it excludes 0. It says nothing about other seeds of training."
         )
-    return "\n".join([*lines, "", foot])
+    headings = ["method", "network", *(METRICS[name] for name in names), "maps/s", "metrics/s"]
+    return markdown_table(headings, rows) + f"\n\n{foot}"
 
 
 def write_csv(rows: list[dict[str, Any]], path: Path) -> None:
