@@ -133,9 +133,10 @@ def images_of(options: argparse.Namespace) -> Tensor:
     """Random ones for random weights; a trained network sees what it was trained for, which channels die on."""
     if options.checkpoint is None:
         return torch.rand(options.batch, 3, options.size, options.size)
+    from classifiers import square
     from evaluate import read_task
 
-    images, _ = next(read_task(options.data, options.size, options.batch).batches(options.batch))
+    images, _ = next(read_task(options.data, square(options.size), options.batch).batches(options.batch))
     return images
 
 

@@ -19,16 +19,16 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from classifiers import Network, last_layer, load
+from classifiers import Network, last_layer, load, square
 from figures import OBJECTS, scaled
-from images import BadInputError, digits_on_photographs
+from images import SIZE, BadInputError, digits_on_photographs
 from markdown_table import markdown_table
 from quickstart import positive
 from scipy import stats
@@ -66,23 +66,24 @@ class Task:
         yield from DataLoader(self.images, batch_size=size)
 
 
-def read_task(data: Path | None, size: int, limit: int | None) -> Task:
-    """The images of a folder, or the built-in ones, taken evenly up to the limit."""
+def read_task(data: Path | None, show: Callable[[Any], Tensor], limit: int | None) -> Task:
+    """The images of a folder, or the built-in ones as they are, taken evenly up to the limit.
+
+    `show` makes an image (3, H, W) in [0, 1] of a photograph.
+    """
     if data is None:
         built_in = digits_on_photographs(10, min(1000, limit or 1000))
         return Task(built_in.name, TensorDataset(*built_in.test), built_in.classes)
     from torchvision import datasets
-    from torchvision.transforms import v2
 
-    transform = v2.Compose([v2.Resize(size), v2.CenterCrop(size), v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
     try:
         if (data / "cifar-10-batches-py").is_dir():
-            images = datasets.CIFAR10(str(data), train=False, transform=transform)
+            images = datasets.CIFAR10(str(data), train=False, transform=show)
         elif (data / "cifar-100-python").is_dir():
-            images = datasets.CIFAR100(str(data), train=False, transform=transform)
+            images = datasets.CIFAR100(str(data), train=False, transform=show)
         else:
             inner = next((data / name for name in ("test", "val") if (data / name).is_dir()), data)
-            images = datasets.ImageFolder(str(inner), transform)
+            images = datasets.ImageFolder(str(inner), show)
     except (FileNotFoundError, RuntimeError) as reason:
         raise BadInputError(
             f"expected {data} to hold test/ or val/ with one folder of images per class, or CIFAR: {reason}"
@@ -93,7 +94,8 @@ def read_task(data: Path | None, size: int, limit: int | None) -> Task:
 
 def evaluate(network: Network, task: Task, layer: str, method: str, options: argparse.Namespace) -> dict[str, Any]:
     """Every metric of every image, in percent, and how many images a second were explained, and measured."""
-    mean, std = (torch.tensor(each, device=options.device).view(-1, 1, 1) for each in (network.mean, network.std))
+    mean, std = network.preprocessing.mean, network.preprocessing.std
+    shift, spread = (torch.tensor(each, device=options.device).view(-1, 1, 1) for each in (mean, std))
     found: dict[str, list[Tensor]] = {name: [] for name in METRICS}
     seconds = {"maps": 0.0, "metrics": 0.0}
     chunk = {"chunk_size": options.chunk} if options.chunk else {}
@@ -101,7 +103,7 @@ def evaluate(network: Network, task: Task, layer: str, method: str, options: arg
     hits, count = 0, 0
     with tqdm(total=len(task.images), desc=f"{network.name}, {TITLES[method]}", unit="image", leave=False) as progress:  # type: ignore[arg-type]
         for images, labels in task.batches(options.batch):
-            x = (images.to(options.device) - mean) / std
+            x = (images.to(options.device) - shift) / spread
             target = labels.to(options.device) if options.target == "label" else None
             began = time.perf_counter()
             maps = maps_of(method, network.model, x, layer, target, options.criterion, chunk)
@@ -111,8 +113,8 @@ def evaluate(network: Network, task: Task, layer: str, method: str, options: arg
                 x,
                 maps,
                 target,
-                mean=network.mean,
-                std=network.std,
+                mean=mean,
+                std=std,
                 protocol=options.protocol,
                 denominator=options.denominator,
                 **chunk,
@@ -159,9 +161,11 @@ def _now(device: str) -> float:
 
 def evaluate_once(network: Network, task: Task, layer: str, method: str, options: argparse.Namespace) -> dict[str, Any]:
     """The same, from the output folder if an earlier run finished it with these settings, and stored there."""
+    height, width = task.images[0][0].shape[-2:]
     settings = {
         "weights": network.fingerprint,
-        "images": f"{task.name}, {len(task.images)} images of {network.size}x{network.size}",  # type: ignore[arg-type]
+        "images": f"{task.name}, {len(task.images)} images of {height}x{width}",  # type: ignore[arg-type]
+        "shown": str(network.preprocessing),
         "layer": layer,
         "target": options.target,
         "protocol": str(metrics.PROTOCOLS[options.protocol]),
@@ -275,7 +279,8 @@ def pictures(
     inserted: dict[str, Tensor] = {}
     deleted: dict[str, Tensor] = {}
     for network, layer in zip(networks, layers, strict=True):
-        mean, std = (torch.tensor(each).view(-1, 1, 1) for each in (network.mean, network.std))
+        preprocessing = network.preprocessing
+        mean, std = (torch.tensor(each).view(-1, 1, 1) for each in (preprocessing.mean, preprocessing.std))
         x = ((images - mean) / std).to(options.device)
         suffix = f"\n{network.name}" if len(networks) > 1 else ""
         of_gradients[f"δ{suffix}"] = saliency.gradient(network.model, x, criterion=options.criterion)
@@ -321,7 +326,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--compare", metavar="NETWORK", help="a second one, on the same images")
     parser.add_argument("--data", type=Path, help="folder of images (default: the digits on photographs)")
     parser.add_argument("--layer", help="dotted name (the last with an output (N, K, h, w))")
-    parser.add_argument("--size", type=positive, help="side of the images in pixels (what the network wants)")
+    parser.add_argument("--size", type=positive, help="side of the images in pixels (as the network was published)")
     add_protocol(parser)
     parser.add_argument("--output", type=Path, default=Path("evaluation"), help="folder (%(default)s)")
     parser.add_argument("--plot", action="store_true", help="gradients.png, cams.png and curves.png too")
@@ -331,17 +336,16 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     options = arguments()
     try:
-        task = read_task(options.data, options.size or 32, options.limit)
+        classes = len(read_task(options.data, square(SIZE), options.limit).classes)
         specs = [options.network, *([options.compare] if options.compare else [])]
-        networks = [load(spec, len(task.classes), options.size) for spec in specs]
+        networks = [load(spec, classes, options.size) for spec in specs]
         if len({network.name for network in networks}) < len(networks):
             for index, network in enumerate(networks):
                 network.name = f"{network.name} {index + 1}"
-        if len({network.size for network in networks}) > 1:
-            raise BadInputError(
-                f"expected networks of one image size, got {[each.size for each in networks]}: use --size."
-            )
-        task = read_task(options.data, networks[0].size, options.limit)
+        if len({str(network.preprocessing) for network in networks}) > 1:
+            shown = " and ".join(str(each.preprocessing) for each in networks)
+            raise BadInputError(f"expected networks that are shown the same images, got {shown}: use --size.")
+        task = read_task(options.data, networks[0].preprocessing.show, options.limit)
         for network in networks:
             network.model.to(options.device)
             network.name = re.sub(r"[^\w.+ -]", "_", network.name)
