@@ -1,10 +1,16 @@
-# The two commands of the README. Each makes .venv when it is missing and installs what it needs.
+# What people and workflows call. Each target makes the environment it needs when that is missing.
+#
+#     make test TORCH=2.8.*      with this PyTorch, or TORCH=nightly NIGHTLY=<index of its nightly builds>, in an
+#                                environment of its own
+#     make test ARGS="-k name"   arguments of the program behind the target
 
 PYTHON ?= python3
-VENV := .venv
+TORCH ?=
+VENV := .venv$(if $(TORCH),-$(subst *,x,$(TORCH)))
 RUN := $(VENV)/bin/python
+OLDEST := $(shell sed -n 's/^dependencies = \["torch>=\([0-9.]*\)".*/\1/p' pyproject.toml)
 
-.PHONY: demo test test-cuda lint clean
+.PHONY: demo test test-cuda test-oldest lint docs dist verify clean
 
 demo: $(VENV)/.examples
 	$(RUN) examples/quickstart.py $(ARGS)
@@ -15,18 +21,40 @@ test: $(VENV)/.test
 test-cuda: $(VENV)/.test
 	$(RUN) -m pytest --device cuda $(ARGS)
 
+test-oldest:
+	$(MAKE) test TORCH='$(OLDEST).*'
+
 lint: $(VENV)/.dev
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
+docs: $(VENV)/.docs
+	$(RUN) -m mkdocs build --strict
+
+dist: $(VENV)/.dev
+	rm -rf dist
+	$(RUN) -m build --no-isolation
+	$(RUN) -m twine check --strict dist/*
+
+# What dist/ holds, installed alone: VERSION, a tag such as v0.1.0, must be its own.
+verify:
+	$(PYTHON) -m venv --clear .verify
+	.verify/bin/python -m pip install --quiet dist/*.whl
+	.verify/bin/python .ci/verify.py $(VERSION)
+
 # One stamp per extra, renewed when the dependencies change.
 $(VENV)/.%: pyproject.toml | $(VENV)
+ifeq ($(TORCH),nightly)
+	$(RUN) -m pip install --quiet --pre torch torchvision --index-url $(NIGHTLY)
 	$(RUN) -m pip install --quiet --editable ".[$*]"
+else
+	$(RUN) -m pip install --quiet --editable ".[$*]" $(if $(TORCH),"torch==$(TORCH)")
+endif
 	touch $@
 
 $(VENV):
 	$(PYTHON) -m venv $(VENV)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf .venv .venv-* .verify build dist *.egg-info

@@ -30,6 +30,7 @@ from tqdm import tqdm
 from interpgrad import metrics, saliency
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+from markdown_table import markdown_table
 
 PEERS = {
     "grad_cam": "GradCAM",
@@ -132,9 +133,10 @@ def images_of(options: argparse.Namespace) -> Tensor:
     """Random ones for random weights; a trained network sees what it was trained for, which channels die on."""
     if options.checkpoint is None:
         return torch.rand(options.batch, 3, options.size, options.size)
+    from classifiers import square
     from evaluate import read_task
 
-    images, _ = next(read_task(options.data, options.size, options.batch).batches(options.batch))
+    images, _ = next(read_task(options.data, square(options.size), options.batch).batches(options.batch))
     return images
 
 
@@ -203,14 +205,20 @@ def row(name: str, peer: str, images: int, seconds: dict[str, float], difference
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    lines = ["| network | | images | images/s | peer | its images/s | faster by |", "| --- |" + " --- |" * 6]
-    lines += [
-        f"| {result['model']}, {result['size']}² | {each['name']} | {each['images']} | {each['images_per_second']:.1f} "
-        f"| {each['peer']} | {each['peer_images_per_second']:.1f} | {each['speedup']:.1f} |"
+    rows = [
+        [
+            f"{result['model']}, {result['size']}²",
+            each["name"],
+            str(each["images"]),
+            f"{each['images_per_second']:.1f}",
+            each["peer"],
+            f"{each['peer_images_per_second']:.1f}",
+            f"{each['speedup']:.1f}",
+        ]
         for result in results
         for each in result["rows"]
     ]
-    return "\n".join(lines)
+    return markdown_table(["network", "", "images", "images/s", "peer", "its images/s", "faster by"], rows)
 
 
 def arguments() -> argparse.Namespace:

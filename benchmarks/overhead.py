@@ -35,6 +35,9 @@ from interpgrad import InterpretableGradientLoss, graph
 from interpgrad.errors import cos
 from interpgrad.guided import guided_backward
 
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+from markdown_table import markdown_table
+
 LIMIT = 7 / 3
 LAM = 0.1
 CHECKED = {  # who computes the same as whom
@@ -55,7 +58,6 @@ def build(name: str, classes: int = 10) -> nn.Module:
     import torchvision
 
     if name == "small_resnet":
-        sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
         from classifiers import small_resnet
 
         return small_resnet(classes)
@@ -306,20 +308,15 @@ def _processor() -> str:
 
 def table(result: dict[str, Any]) -> str:
     """One model's rows as a Markdown table."""
-    lines = [
-        f"{result['model']}, {result['size']}², batch {result['batch']}, {result['layout']}, {result['precision']}",
-        "",
-        "| | ms | IQR | ratio | of the 7/3 limit | peak MiB | ratio | images/s |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    rows = []
     for name, row in result["rows"].items():
         limit = "" if name == "plain step" or "every" in name else f"{row['of_limit']:.0%}"
-        lines.append(
-            f"| {name} | {row['ms']:.1f} | {row['iqr']:.1f} | {row['ratio']:.2f} | {limit} "
-            f"| {row['peak_mib']:.0f} | {row['peak_ratio']:.2f} | {row['images_per_s']:.0f} |"
-        )
-    lines += [f"| {name} | wrong gradient (off by {off:.0%}) | | | | | | |" for name, off in result["wrong"].items()]
-    return "\n".join(lines)
+        cells = [name, f"{row['ms']:.1f}", f"{row['iqr']:.1f}", f"{row['ratio']:.2f}", limit]
+        rows.append([*cells, f"{row['peak_mib']:.0f}", f"{row['peak_ratio']:.2f}", f"{row['images_per_s']:.0f}"])
+    rows += [[name, f"wrong gradient (off by {off:.0%})", *6 * [""]] for name, off in result["wrong"].items()]
+    headings = ["", "ms", "IQR", "ratio", "of the 7/3 limit", "peak MiB", "ratio", "images/s"]
+    what = f"{result['model']}, {result['size']}², batch {result['batch']}, {result['layout']}, {result['precision']}"
+    return f"{what}\n\n{markdown_table(headings, rows)}"
 
 
 def plot(results: list[dict[str, Any]], path: Path) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from flops import count_flops
 from overhead import build, peak_bytes, provenance
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
@@ -26,7 +27,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from interpgrad import InterpretableGradientLoss
 
@@ -54,7 +54,7 @@ def batch(images: int, size: int) -> tuple[Tensor, Tensor]:
 def operations(name: str, size: int, kind: str) -> float:
     """Per image, in GFLOP, a multiply-add counted as two."""
     images, model = 2, build(name, classes=1000)
-    with FlopCounterMode(display=False) as counter:
+    with count_flops() as counter:
         step(kind, model, *batch(images, size))
     return counter.get_total_flops() / images / 1e9
 
@@ -109,7 +109,7 @@ def _ddp(name: str, kind: str, size: int) -> dict[str, Any]:
     """
     sent: list[int] = []
     done: list[float] = []
-    counter = FlopCounterMode(display=False)
+    counter = count_flops()
 
     def hook(group, bucket):  # type: ignore[no-untyped-def]  # DDP checks annotations, and knows no strings
         sent.append(bucket.buffer().numel() * bucket.buffer().element_size())

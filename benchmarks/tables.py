@@ -15,6 +15,7 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "examples" / "paper"), str(ROOT / "benchmarks")]
+from markdown_table import markdown_table  # noqa: E402
 
 
 def overhead(stored: dict[str, Any]) -> str:
@@ -22,18 +23,17 @@ def overhead(stored: dict[str, Any]) -> str:
     results = stored["results"]
     names = list(results[0]["rows"])[1:]
     headings = [*(name.removeprefix("interpgrad, ") for name in names), "peak memory"]
-    lines = ["| | " + " | ".join(headings) + " |", "| --- |" + " --- |" * len(headings)]
+    lines = []
     for each in results:
         rows, layout = each["rows"], ", channels_last" if each["layout"] == "channels_last" else ""
         cells = [f"{rows[name]['ratio']:.2f}" if name in rows else "wrong gradient" for name in names]
         cells.append(f"{rows['interpgrad, shared forward']['peak_ratio']:.2f}")
-        lines.append(f"| {each['model']}, {each['size']}², batch {each['batch']}{layout} | " + " | ".join(cells) + " |")
-    lines += [""]
-    lines.append(
+        lines.append([f"{each['model']}, {each['size']}², batch {each['batch']}{layout}", *cells])
+    return (
+        f"{markdown_table(['', *headings], lines)}\n\n"
         f"Measured on {stored['date']}: {stored['machine']}, {stored['threads']} threads, torch {stored['torch']}, "
         f"fp32; medians of alternating steps, ratios to a plain step. The limit is 7/3 = 2.33."
     )
-    return "\n".join(lines)
 
 
 def evaluation(stored: dict[str, Any]) -> str:
@@ -112,17 +112,16 @@ def counted(stored: dict[str, Any]) -> str:
     """Operations, memory and traffic of a step."""
     rows, plain = stored["rows"], stored["rows"]["plain step"]["gflop"]
     columns = ["GFLOP per image", "ratio", "memory per image", "fixed", "DDP", "FSDP2 gathers", "FSDP2 reduces"]
-    lines = ["| | " + " | ".join(columns) + " |", "| --- |" + " --- |" * len(columns)]
+    lines = []
     for name, row in rows.items():
         sent, sharded = row["sent"]["DDP"], row["sent"]["FSDP2"]
-        traffic = f"{sent['megabytes']['allreduce']:.1f} MB"
+        cells = [name, f"{row['gflop']:.2f}", f"{row['gflop'] / plain:.3f}"]
+        cells += [f"{row['mb_per_image']:.0f} MB", f"{row['mb_fixed']:.0f} MB"]
+        cells.append(f"{sent['megabytes']['allreduce']:.1f} MB")
         for kind in ("allgather", "reduce_scatter"):
-            traffic += f" | {sharded['calls'][kind]} x, {sharded['megabytes'][kind]:.1f} MB"
-        lines.append(
-            f"| {name} | {row['gflop']:.2f} | {row['gflop'] / plain:.3f} | {row['mb_per_image']:.0f} MB "
-            f"| {row['mb_fixed']:.0f} MB | {traffic} |"
-        )
-    return "\n".join(lines)
+            cells.append(f"{sharded['calls'][kind]} x, {sharded['megabytes'][kind]:.1f} MB")
+        lines.append(cells)
+    return markdown_table(["", *columns], lines)
 
 
 def worked(stored: dict[str, Any]) -> str:
@@ -140,17 +139,18 @@ def worked(stored: dict[str, Any]) -> str:
     ]
     columns = ["computing: counted", "at the CPU's ratio", "memory"]
     columns += [f"{wrapper}, {gpus} GPUs" for wrapper in ("all-reduce", "FSDP2") for gpus in GPUS]
-    lines = ["| | " + " | ".join(columns) + " |", "| --- |" + " --- |" * len(columns)]
+    lines = []
     for name, gflop, kind, contender in steps:
-        cells = [f"{base * gflop / rows['plain step']['gflop']:.1f} ms", f"{base * timed[contender]['ratio']:.1f} ms"]
+        cells = [name, f"{base * gflop / rows['plain step']['gflop']:.1f} ms"]
+        cells.append(f"{base * timed[contender]['ratio']:.1f} ms")
         cells.append(f"{(IMAGES * rows[kind]['mb_per_image'] + rows[kind]['mb_fixed']) / 1000:.1f} GB")
         sent = rows[kind]["sent"]
         for wrapper, factor in (("DDP", 2), ("FSDP2", 1)):
             for gpus, (speed, _) in GPUS.items():
                 share = factor * (gpus - 1) / gpus * sum(sent[wrapper]["megabytes"].values()) * 1e6
                 cells.append(f"{1000 * share / speed:.1f} ms")
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append(cells)
+    return markdown_table(["", *columns], lines)
 
 
 def synchronized(stored: dict[str, Any]) -> str:

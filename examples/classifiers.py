@@ -5,27 +5,44 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import pickle
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from images import SIZE, BadInputError
 from torch import Tensor, nn
 
-UNCHANGED = (0.0,) * 3, (1.0,) * 3  # images in [0, 1]
-IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+@dataclass
+class Preprocessing:
+    """What makes of a photograph what a network takes: `show` an image (3, H, W) in [0, 1], to be normalized."""
+
+    show: Callable[[Any], Tensor]
+    mean: tuple[float, ...] = (0.0,) * 3
+    std: tuple[float, ...] = (1.0,) * 3
+
+    def __str__(self) -> str:
+        """How the photograph becomes the image, in one line."""
+        return " ".join(repr(self.show).split())
+
+
+def square(size: int) -> Callable[[Any], Tensor]:
+    """A photograph's middle, as a square of so many pixels."""
+    from torchvision.transforms import v2
+
+    return v2.Compose([v2.Resize(size), v2.CenterCrop(size), v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
 
 
 @dataclass
 class Network:
-    """A classifier and the images it wants: their side in pixels, the mean and deviation they are normalized with."""
+    """A classifier, and what it wants images to be."""
 
     name: str
     model: nn.Module
-    size: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    preprocessing: Preprocessing
     fingerprint: str  # of the weights
 
 
@@ -78,25 +95,33 @@ def load(spec: str, classes: int, size: int | None = None) -> Network:
     """A network by its description.
 
     PATH is a checkpoint of quickstart.py, NAME:PATH the weights in a checkpoint for a classifier of torchvision
-    or timm, NAME that classifier with the weights it was published with (downloaded once).
+    or timm, NAME that classifier with the weights it was published with (downloaded once). Images are resized, cropped
+    and normalized as was published with it; with a size, they are squares of so many pixels.
     """
     if Path(spec).is_file():
-        checkpoint = _read(Path(spec))
-        if checkpoint.get("architecture") != "small_resnet":
+        with _reading(spec):
+            checkpoint = torch.load(spec, map_location="cpu", weights_only=True)
+        if not isinstance(checkpoint, dict) or checkpoint.get("architecture") != "small_resnet":
             raise BadInputError(
                 f"expected {spec} to be saved by quickstart.py --save, but it names no architecture: "
                 f"give it as NAME:{spec} with the name of a torchvision or timm model."
             )
         model, name = small_resnet(len(checkpoint["classes"])), Path(spec).stem
         _fill(model, checkpoint["state_dict"], spec)
-        return network_of(name, model, size or SIZE)
+        return network_of(name, model, Preprocessing(square(size or SIZE)))
     name, _, path = spec.partition(":")
     if path and not Path(path).is_file():
         raise BadInputError(f"expected a checkpoint at {path}, found no file.")
-    model, side, normalization = _published(name, classes if path else None)
+    model, preprocessing = _published(name, classes if path else None)
     if path:
-        _fill(model, _read(Path(path)), path)
-    return network_of(Path(path).stem if path else name, model, size or side, normalization)
+        from timm.models import load_state_dict
+
+        with _reading(path):
+            weights = load_state_dict(path, use_ema=False, weights_only=True)
+        _fill(model, weights, path)
+    if size:
+        preprocessing.show = square(size)
+    return network_of(Path(path).stem if path else name, model, preprocessing)
 
 
 def last_layer(network: Network, images: Tensor) -> str:
@@ -126,35 +151,27 @@ def last_layer(network: Network, images: Tensor) -> str:
     return once[-1]
 
 
-def network_of(
-    name: str,
-    model: nn.Module,
-    size: int = SIZE,
-    normalization: tuple[tuple[float, ...], ...] = ((0.0,) * 3, (1.0,) * 3),
-) -> Network:
-    """The model with what evaluate.py asks of it, in evaluation mode."""
+def network_of(name: str, model: nn.Module, preprocessing: Preprocessing | None = None) -> Network:
+    """The model with what evaluate.py asks of it, in evaluation mode; of images of 32x32 pixels, if nothing is said."""
     digest = hashlib.sha256()
     for key, value in model.state_dict().items():
         digest.update(key.encode() + value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return Network(name, model.eval(), size, *normalization, digest.hexdigest()[:16])
+    return Network(name, model.eval(), preprocessing or Preprocessing(square(SIZE)), digest.hexdigest()[:16])
 
 
-def _published(name: str, classes: int | None) -> tuple[nn.Module, int, tuple[tuple[float, ...], tuple[float, ...]]]:
-    """A model of torchvision or timm; with its published weights if the number of classes is None."""
-    import torchvision
+def _published(name: str, classes: int | None) -> tuple[nn.Module, Preprocessing]:
+    """A classifier of torchvision or timm; with its published weights if the number of classes is None."""
+    import timm
+    from torchvision import models
 
     try:
-        if name in torchvision.models.list_models():
+        if name in models.list_models(models):
             settings = {"weights": "DEFAULT"} if classes is None else {"weights": None, "num_classes": classes}
-            return torchvision.models.get_model(name, **settings), 224, IMAGENET
-        with contextlib.suppress(ImportError):
-            import timm
-
-            if timm.is_model(name):
-                settings = {"pretrained": True} if classes is None else {"num_classes": classes}
-                model = timm.create_model(name, **settings)
-                config = model.pretrained_cfg
-                return model, config["input_size"][-1], (tuple(config["mean"]), tuple(config["std"]))
+            return models.get_model(name, **settings), torchvision_preprocessing(name)
+        if timm.is_model(name):
+            settings = {"pretrained": True} if classes is None else {"num_classes": classes}
+            model = timm.create_model(name, **settings)
+            return model, timm_preprocessing(model)
     except OSError as reason:
         raise BadInputError(f"expected the published weights of {name}, could not get them: {reason}.") from reason
     raise BadInputError(
@@ -163,19 +180,35 @@ def _published(name: str, classes: int | None) -> tuple[nn.Module, int, tuple[tu
     )
 
 
-def _read(path: Path) -> dict[str, object]:
+def torchvision_preprocessing(name: str) -> Preprocessing:
+    """That of the default weights of a classifier of torchvision."""
+    from torchvision.models import get_model_weights
+
+    weights = get_model_weights(name).DEFAULT
+    published = weights.transforms()
+    show = weights.transforms(mean=Preprocessing.mean, std=Preprocessing.std)  # normalized later
+    return Preprocessing(show, tuple(published.mean), tuple(published.std))
+
+
+def timm_preprocessing(model: nn.Module) -> Preprocessing:
+    """That of the weights a classifier of timm was published with."""
+    from timm.data import create_transform, resolve_model_data_config
+    from torchvision.transforms import v2
+
+    config = resolve_model_data_config(model)
+    show = v2.Compose([create_transform(**config, normalize=False), v2.ToDtype(torch.float32, scale=True)])
+    return Preprocessing(show, config["mean"], config["std"])
+
+
+@contextlib.contextmanager
+def _reading(path: str) -> Iterator[None]:
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        yield
     except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as reason:
         raise BadInputError(f"expected a checkpoint of tensors in {path}, could not read it: {reason}.") from reason
-    for key in ("state_dict", "model", "model_state_dict"):  # as trainers wrap it
-        if "architecture" not in checkpoint and isinstance(checkpoint.get(key), dict):
-            return checkpoint[key]
-    return checkpoint
 
 
 def _fill(model: nn.Module, state: dict[str, Tensor], path: str) -> None:
-    state = {name.removeprefix("module.").removeprefix("_orig_mod."): value for name, value in state.items()}
     try:
         model.load_state_dict(state)
     except RuntimeError as reason:

@@ -19,16 +19,19 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from classifiers import Network, last_layer, load
+from classifiers import Network, last_layer, load, square
 from figures import OBJECTS, scaled
-from images import BadInputError, digits_on_photographs
+from images import SIZE, BadInputError, digits_on_photographs
+from markdown_table import markdown_table
 from quickstart import positive
+from scipy import stats
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 from tqdm import tqdm
@@ -46,7 +49,8 @@ TITLES = {
 }
 # INS/y is insertion divided by the mean confidence in the whole images; the size of a map, its mean, is no merit, but
 # AD, AG and AI reward it.
-METRICS = {"AD": "AD↓", "AG": "AG↑", "AI": "AI↑", "INS": "INS↑", "DEL": "DEL↓", "INS/y": "INS/y↑", "size": "size"}
+METRICS = {name: name + ("↑" if higher else "↓") for name, higher in metrics.HIGHER_IS_BETTER.items()}
+METRICS |= {"INS/y": "INS/y↑", "size": "size"}
 RESAMPLES = 10_000
 
 
@@ -62,23 +66,24 @@ class Task:
         yield from DataLoader(self.images, batch_size=size)
 
 
-def read_task(data: Path | None, size: int, limit: int | None) -> Task:
-    """The images of a folder, or the built-in ones, taken evenly up to the limit."""
+def read_task(data: Path | None, show: Callable[[Any], Tensor], limit: int | None) -> Task:
+    """The images of a folder, or the built-in ones as they are, taken evenly up to the limit.
+
+    `show` makes an image (3, H, W) in [0, 1] of a photograph.
+    """
     if data is None:
         built_in = digits_on_photographs(10, min(1000, limit or 1000))
         return Task(built_in.name, TensorDataset(*built_in.test), built_in.classes)
     from torchvision import datasets
-    from torchvision.transforms import v2
 
-    transform = v2.Compose([v2.Resize(size), v2.CenterCrop(size), v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
     try:
         if (data / "cifar-10-batches-py").is_dir():
-            images = datasets.CIFAR10(str(data), train=False, transform=transform)
+            images = datasets.CIFAR10(str(data), train=False, transform=show)
         elif (data / "cifar-100-python").is_dir():
-            images = datasets.CIFAR100(str(data), train=False, transform=transform)
+            images = datasets.CIFAR100(str(data), train=False, transform=show)
         else:
             inner = next((data / name for name in ("test", "val") if (data / name).is_dir()), data)
-            images = datasets.ImageFolder(str(inner), transform)
+            images = datasets.ImageFolder(str(inner), show)
     except (FileNotFoundError, RuntimeError) as reason:
         raise BadInputError(
             f"expected {data} to hold test/ or val/ with one folder of images per class, or CIFAR: {reason}"
@@ -88,8 +93,9 @@ def read_task(data: Path | None, size: int, limit: int | None) -> Task:
 
 
 def evaluate(network: Network, task: Task, layer: str, method: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Every metric of every image, and how many images a second were explained, and measured."""
-    mean, std = (torch.tensor(each, device=options.device).view(-1, 1, 1) for each in (network.mean, network.std))
+    """Every metric of every image, in percent, and how many images a second were explained, and measured."""
+    mean, std = network.preprocessing.mean, network.preprocessing.std
+    shift, spread = (torch.tensor(each, device=options.device).view(-1, 1, 1) for each in (mean, std))
     found: dict[str, list[Tensor]] = {name: [] for name in METRICS}
     seconds = {"maps": 0.0, "metrics": 0.0}
     chunk = {"chunk_size": options.chunk} if options.chunk else {}
@@ -97,7 +103,7 @@ def evaluate(network: Network, task: Task, layer: str, method: str, options: arg
     hits, count = 0, 0
     with tqdm(total=len(task.images), desc=f"{network.name}, {TITLES[method]}", unit="image", leave=False) as progress:  # type: ignore[arg-type]
         for images, labels in task.batches(options.batch):
-            x = (images.to(options.device) - mean) / std
+            x = (images.to(options.device) - shift) / spread
             target = labels.to(options.device) if options.target == "label" else None
             began = time.perf_counter()
             maps = maps_of(method, network.model, x, layer, target, options.criterion, chunk)
@@ -107,8 +113,8 @@ def evaluate(network: Network, task: Task, layer: str, method: str, options: arg
                 x,
                 maps,
                 target,
-                mean=network.mean,
-                std=network.std,
+                mean=mean,
+                std=std,
                 protocol=options.protocol,
                 denominator=options.denominator,
                 **chunk,
@@ -120,7 +126,7 @@ def evaluate(network: Network, task: Task, layer: str, method: str, options: arg
             hits += int((probabilities.argmax(1) == labels).sum())
             explained = labels if options.target == "label" else probabilities.argmax(1)
             confidence.append(probabilities.gather(1, explained[:, None]).squeeze(1))
-            for name, value in (values | {"INS/y": values["INS"], "size": maps.mean((1, 2))}).items():
+            for name, value in (values | {"INS/y": values["INS"], "size": 100 * maps.mean((1, 2))}).items():
                 found[name].append(value.cpu())
             count += len(x)
             progress.update(len(x))
@@ -155,13 +161,16 @@ def _now(device: str) -> float:
 
 def evaluate_once(network: Network, task: Task, layer: str, method: str, options: argparse.Namespace) -> dict[str, Any]:
     """The same, from the output folder if an earlier run finished it with these settings, and stored there."""
+    height, width = task.images[0][0].shape[-2:]
     settings = {
         "weights": network.fingerprint,
-        "images": f"{task.name}, {len(task.images)} images of {network.size}x{network.size}",  # type: ignore[arg-type]
+        "images": f"{task.name}, {len(task.images)} images of {height}x{width}",  # type: ignore[arg-type]
+        "shown": str(network.preprocessing),
         "layer": layer,
         "target": options.target,
         "protocol": str(metrics.PROTOCOLS[options.protocol]),
         "denominator": options.denominator,
+        "unit": "percent",
         "criterion": options.criterion if method not in saliency.CAMS else None,
     }
     path = options.output / f"{network.name}-{method}.json"
@@ -176,17 +185,11 @@ def evaluate_once(network: Network, task: Task, layer: str, method: str, options
     return result
 
 
-def bootstrap(before: list[float], after: list[float], generator: torch.Generator) -> tuple[float, float, float]:
-    """The mean difference after - before over the same images, and its 95% confidence interval."""
-    difference = torch.tensor(after, dtype=torch.float64) - torch.tensor(before, dtype=torch.float64)
-    means = torch.stack(
-        [
-            difference[torch.randint(len(difference), (len(difference),), generator=generator)].mean()
-            for _ in range(RESAMPLES)
-        ]
-    )
-    low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return float(difference.mean()), low, high
+def bootstrap(before: list[float], after: list[float], rng: np.random.Generator) -> tuple[float, float, float]:
+    """The mean difference after - before over the same images, and its 95% confidence interval (percentiles)."""
+    difference = np.subtract(after, before)
+    found = stats.bootstrap([difference], np.mean, n_resamples=RESAMPLES, batch=100, method="percentile", rng=rng)
+    return float(difference.mean()), *map(float, found.confidence_interval)
 
 
 def rows_of(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -195,7 +198,7 @@ def rows_of(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for method in dict.fromkeys(each["method"] for each in results):
         group = [each for each in results if each["method"] == method]
         for each in group:
-            values = {name: 100 * statistics.fmean(each["values"][name]) for name in METRICS}
+            values = {name: statistics.fmean(each["values"][name]) for name in METRICS}
             speed = each["images_per_second"]
             rows.append(
                 {"method": method, "network": each["network"]}
@@ -203,10 +206,9 @@ def rows_of(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 | {"maps/s": speed["maps"], "metrics/s": speed["metrics"]}
             )
         if len(group) == 2:
-            generator = torch.Generator().manual_seed(0)
+            rng = np.random.default_rng(0)
             differences = {
-                name: [100 * each for each in bootstrap(group[0]["values"][name], group[1]["values"][name], generator)]
-                for name in METRICS
+                name: list(bootstrap(group[0]["values"][name], group[1]["values"][name], rng)) for name in METRICS
             }
             rows.append({"method": method, "network": "difference"} | differences)
     return rows
@@ -226,10 +228,7 @@ def report_of(results: list[dict[str, Any]]) -> dict[str, Any]:
 def markdown(report: dict[str, Any]) -> str:
     """The table, with what it was measured on and how."""
     names = [name for name in METRICS if name in report["rows"][0]]
-    lines = [
-        "| method | network | " + " | ".join(METRICS[name] for name in names) + " | maps/s | metrics/s |",
-        "| --- | --- |" + " --- |" * (len(names) + 2),
-    ]
+    rows = []
     for row in report["rows"]:
         if row["network"] == "difference":
             cells = [
@@ -238,7 +237,7 @@ def markdown(report: dict[str, Any]) -> str:
             ] + ["", ""]
         else:
             cells = [f"{row[name]:.2f}" for name in names] + [f"{row['maps/s']:.1f}", f"{row['metrics/s']:.1f}"]
-        lines.append(f"| {TITLES[row['method']]} | {row['network']} | " + " | ".join(cells) + " |")
+        rows.append([TITLES[row["method"]], row["network"], *cells])
     settings = report["settings"]
     accuracy = ", ".join(f"{name} {100 * value:.1f}%" for name, value in report["accuracy"].items())
     what = "the predicted class" if settings["target"] == "predicted" else "the labelled class"
@@ -251,7 +250,8 @@ def markdown(report: dict[str, Any]) -> str:
             " Differences: second network minus first, with the 95% confidence interval of a paired bootstrap over "
             f"the images ({RESAMPLES} resamples); * where it excludes 0. It says nothing about other seeds of training."
         )
-    return "\n".join([*lines, "", foot])
+    headings = ["method", "network", *(METRICS[name] for name in names), "maps/s", "metrics/s"]
+    return markdown_table(headings, rows) + f"\n\n{foot}"
 
 
 def write_csv(rows: list[dict[str, Any]], path: Path) -> None:
@@ -279,7 +279,8 @@ def pictures(
     inserted: dict[str, Tensor] = {}
     deleted: dict[str, Tensor] = {}
     for network, layer in zip(networks, layers, strict=True):
-        mean, std = (torch.tensor(each).view(-1, 1, 1) for each in (network.mean, network.std))
+        preprocessing = network.preprocessing
+        mean, std = (torch.tensor(each).view(-1, 1, 1) for each in (preprocessing.mean, preprocessing.std))
         x = ((images - mean) / std).to(options.device)
         suffix = f"\n{network.name}" if len(networks) > 1 else ""
         of_gradients[f"δ{suffix}"] = saliency.gradient(network.model, x, criterion=options.criterion)
@@ -325,7 +326,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--compare", metavar="NETWORK", help="a second one, on the same images")
     parser.add_argument("--data", type=Path, help="folder of images (default: the digits on photographs)")
     parser.add_argument("--layer", help="dotted name (the last with an output (N, K, h, w))")
-    parser.add_argument("--size", type=positive, help="side of the images in pixels (what the network wants)")
+    parser.add_argument("--size", type=positive, help="side of the images in pixels (as the network was published)")
     add_protocol(parser)
     parser.add_argument("--output", type=Path, default=Path("evaluation"), help="folder (%(default)s)")
     parser.add_argument("--plot", action="store_true", help="gradients.png, cams.png and curves.png too")
@@ -335,17 +336,16 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     options = arguments()
     try:
-        task = read_task(options.data, options.size or 32, options.limit)
+        classes = len(read_task(options.data, square(SIZE), options.limit).classes)
         specs = [options.network, *([options.compare] if options.compare else [])]
-        networks = [load(spec, len(task.classes), options.size) for spec in specs]
+        networks = [load(spec, classes, options.size) for spec in specs]
         if len({network.name for network in networks}) < len(networks):
             for index, network in enumerate(networks):
                 network.name = f"{network.name} {index + 1}"
-        if len({network.size for network in networks}) > 1:
-            raise BadInputError(
-                f"expected networks of one image size, got {[each.size for each in networks]}: use --size."
-            )
-        task = read_task(options.data, networks[0].size, options.limit)
+        if len({str(network.preprocessing) for network in networks}) > 1:
+            shown = " and ".join(str(each.preprocessing) for each in networks)
+            raise BadInputError(f"expected networks that are shown the same images, got {shown}: use --size.")
+        task = read_task(options.data, networks[0].preprocessing.show, options.limit)
         for network in networks:
             network.model.to(options.device)
             network.name = re.sub(r"[^\w.+ -]", "_", network.name)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from images import Images
+from markdown_table import markdown_table
 from torch import Tensor, nn
 
 from interpgrad import input_gradients, low_pass, metrics, saliency
@@ -145,10 +146,8 @@ def randomized(model: nn.Module, images: Images, criterion: str = "log_prob", dr
 def table(rows: dict[str, list[dict[str, float]]]) -> str:
     """A Markdown table: mean ± standard deviation over the seeds."""
     names = list(next(iter(rows.values()))[0])
-    lines = ["| | " + " | ".join(HEADINGS[name] for name in names) + " |", "| --- |" + " --- |" * len(names)]
-    for title, seeds in rows.items():
-        lines.append(f"| {title} | " + " | ".join(_cell(name, [each[name] for each in seeds]) for name in names) + " |")
-    return "\n".join(lines)
+    cells = [[title, *(_cell(name, [each[name] for each in seeds]) for name in names)] for title, seeds in rows.items()]
+    return markdown_table(["", *(HEADINGS[name] for name in names)], cells)
 
 
 def paired_table(rows: dict[str, dict[str, dict[str, float]]], base: str) -> str:
@@ -158,10 +157,9 @@ def paired_table(rows: dict[str, dict[str, dict[str, float]]], base: str) -> str
     of the differences to it, seed by seed.
     """
     names = list(next(iter(rows[base].values())))
-    lines = ["| | seeds | " + " | ".join(HEADINGS[name] for name in names) + " |"]
-    lines.append("| --- | --- |" + " --- |" * len(names))
+    table = []
     for title, seeds in rows.items():
-        cells = []
+        cells = [title, str(len(seeds))]
         for name in names:
             values = [seeds[seed][name] for seed in seeds]
             if title == base:
@@ -169,8 +167,8 @@ def paired_table(rows: dict[str, dict[str, dict[str, float]]], base: str) -> str
                 continue
             differences = [seeds[seed][name] - rows[base][seed][name] for seed in seeds if seed in rows[base]]
             cells.append(f"{statistics.fmean(values):.3f} ({_cell(name, differences, '+')})")
-        lines.append(f"| {title} | {len(seeds)} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        table.append(cells)
+    return markdown_table(["", "seeds", *(HEADINGS[name] for name in names)], table)
 
 
 def both_gradients(figures: dict[str, Any]) -> dict[str, float]:

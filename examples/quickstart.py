@@ -26,6 +26,8 @@ from torch import nn
 from tqdm import tqdm
 from training import PLAIN, RECIPE, Run, Setting, augment, one_cycle
 
+from interpgrad import plot
+
 
 def train(images: Images, settings: list[Setting], seed: int, epochs: int, batch: int = 64) -> list[Run]:
     """Train one network per setting, from the same weights, on the same batches, step by step in turn."""
@@ -48,38 +50,15 @@ def train(images: Images, settings: list[Setting], seed: int, epochs: int, batch
 
 
 def picture(plain: nn.Module, regularized: nn.Module, images: Images, path: Path, rows: int = 6) -> None:
-    """Held-out images: input, input gradient without and with the loss, guided gradient, one scale per row."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    """Held-out images: input, input gradient without and with the loss, guided gradient."""
     shown = torch.linspace(0, len(images.test[0]) - 1, rows).long()  # over all classes of a folder
     x, y = (part[shown] for part in images.test)
     delta_plain, _ = gradients(plain, x, y, "log_prob")
     delta, guided = gradients(regularized, x, y, "log_prob")
     columns = {"δ without": delta_plain, "δ with": delta, "δᴳ with (guided)": guided}
-
-    figure, axes = plt.subplots(rows, 4, figsize=(7.2, 1.85 * rows), layout="constrained", squeeze=False)
-    for row in range(rows):
-        maps = {title: gradient[row].sum(0) for title, gradient in columns.items()}
-        limit = float(torch.stack(list(maps.values())).abs().quantile(0.995))
-        axes[row, 0].imshow(x[row].permute(1, 2, 0).clamp(0, 1))
-        axes[row, 0].set_ylabel(images.classes[int(y[row])])
-        for axis, (title, values) in zip(axes[row, 1:], maps.items(), strict=True):
-            image = axis.imshow(values, cmap="coolwarm", vmin=-limit, vmax=limit)
-            axis.set_title(title if row == 0 else "", fontsize=10)
-        figure.colorbar(image, ax=axes[row, 3], ticks=[-limit, 0, limit], format="%.2f", fraction=0.05)
-    axes[0, 0].set_title("held-out image", fontsize=10)
-    for axis in axes.flat:
-        axis.set(xticks=[], yticks=[])
-    figure.suptitle(
-        f"Input gradient of the log-probability, {images.name}\n"
-        "summed over colours; each map scaled to unit norm, one colour scale per row",
-        fontsize=10,
-    )
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    labels = [images.classes[int(label)] for label in y]
+    title = f"Input gradient of the log-probability, held-out {images.name}"
+    plot.gradients(x, columns, labels=labels, title=title).savefig(path, dpi=150)
 
 
 def compare(

@@ -108,7 +108,9 @@ PAPER = Setting(7.5e-3, "cross_entropy", low_pass=False, batch_norm="coupled", w
 def augment(x: Tensor, generator: torch.Generator, rotation: float = 0.0, padding: int = 4) -> Tensor:
     """Images (N, C, H, W), each a crop of its reflected self, mirrored or not, turned by at most `rotation` degrees.
 
-    The draws are the CPU's, so that they are the same wherever the images are.
+    The draws are the CPU's, so that they are the same wherever the images are, and for each image its own, from the
+    given generator: torchvision's transforms draw once for a batch, of the global random state. The stored results of
+    CIFAR-10 were made with these draws.
     """
     if rotation:
         x = _rotated(x, math.radians(rotation) * (2 * torch.rand(len(x), generator=generator) - 1))

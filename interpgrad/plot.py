@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from interpgrad.metrics import area
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -124,12 +126,12 @@ def curves(insertion: Mapping[str, Tensor], deletion: Mapping[str, Tensor], *, t
                     f"expected curves (N, steps + 1) or (steps + 1,) of at least 2 points, got {tuple(curve.shape)} "
                     f"for {label!r}."
                 )
-            height = curve.detach().double().cpu().reshape(-1, curve.shape[-1]).mean(0).numpy()
-            area = float(height.sum() - (height[0] + height[-1]) / 2) / (len(height) - 1)
+            height = curve.detach().double().cpu().reshape(-1, curve.shape[-1]).mean(0)
             share = [100 * step / (len(height) - 1) for step in range(len(height))]
             colour, style = _LINES[index % len(_LINES)], ("-", "--", ":", "-.")[index % 4]
-            axis.plot(share, height, color=colour, linestyle=style, label=f"{label}: {100 * area:.1f}")
-            axis.fill_between(share, height, color=colour, alpha=0.15, linewidth=0)
+            legend = f"{label}: {100 * float(area(height)):.1f}"
+            axis.plot(share, height.numpy(), color=colour, linestyle=style, label=legend)
+            axis.fill_between(share, height.numpy(), color=colour, alpha=0.15, linewidth=0)
         axis.set(title=name, xlabel=f"pixels {what}, most salient first (%)", xlim=(0, 100), ylim=(0, None))
         axis.spines[["top", "right"]].set_visible(False)
         axis.legend(title="area × 100", fontsize=_FONT, title_fontsize=_FONT, frameon=False)

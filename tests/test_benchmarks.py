@@ -1,6 +1,7 @@
 """The benchmark runs and says what it measured; the README says what is stored."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,22 @@ import tables  # noqa: E402
 @pytest.mark.parametrize("file", sorted({file for file, _ in tables.TABLES}))
 def test_tables_are_the_stored_results(file):
     assert (ROOT / file).read_text() == tables.rendered(file), "run python benchmarks/tables.py"
+
+
+def test_cells_stay_what_they_are():
+    """Of a table of |δ| and of figures with trailing zeros."""
+    lines = tables.markdown_table(["", "|δ|"], [["a", "0.10"], ["b", "1e5"], ["c", ""]]).splitlines()
+    cells = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
+    assert cells[0] == ["", r"\|δ\|"]
+    assert cells[2:] == [["a", "0.10"], ["b", "1e5"], ["c", ""]]
+
+
+@pytest.mark.parametrize("file", sorted({file for file, _ in tables.TABLES}))
+def test_rows_have_as_many_cells_as_their_headings(file):
+    """A | that is not escaped breaks a table on the page, and in nothing else."""
+    for block in re.findall(r"(?:^\|.*\n)+", tables.rendered(file), re.MULTILINE):
+        widths = {len(re.split(r"(?<!\\)\|", line)) for line in block.splitlines()}
+        assert len(widths) == 1, block
 
 
 def run(*arguments, cwd, script="overhead.py"):

@@ -6,7 +6,9 @@ import re
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import timm
 import torch
 import torchvision
 
@@ -66,7 +68,7 @@ def test_table_of_one_network(run, checkpoints):
     """Every figure is what the library says of the same images."""
     text = run(checkpoints[0], "--limit", 5, "--plot")
     network = classifiers.load(str(checkpoints[0]), 10)
-    task = evaluate.read_task(None, 32, 5)
+    task = evaluate.read_task(None, network.preprocessing.show, 5)
     ((x, y),) = task.batches(64)
     rows = list(csv.DictReader(Path("evaluation/table.csv").read_text().splitlines()))
     assert [row["method"] for row in rows] == list(evaluate.TITLES)
@@ -74,7 +76,7 @@ def test_table_of_one_network(run, checkpoints):
         maps = evaluate.maps_of(row["method"], network.model, x, "6", None, "log_prob", {})
         assert float(row["size"]) == pytest.approx(100 * float(maps.mean()), abs=1e-4)
         for name, values in metrics.faithfulness(network.model, x, maps).items():
-            assert float(row[name]) == pytest.approx(100 * float(values.mean()), abs=1e-4)
+            assert float(row[name]) == pytest.approx(float(values.mean()), abs=1e-4)
     accuracy = 100 * float((network.model(x).argmax(1) == y).float().mean())
     assert f"accuracy without {accuracy:.1f}%" in text
     assert "protocol rise: insertion from a 11x11" in text
@@ -94,7 +96,7 @@ def test_comparison_of_two(run, checkpoints):
         assert mean == pytest.approx(after[name] - before[name])
         assert low <= mean <= high
     assert "paired bootstrap" in text
-    assert re.search(r"\| Grad-CAM \| difference \| [+-]\d+\.\d\d \[", text)
+    assert re.search(r"\| Grad-CAM +\| difference +\| [+-]\d+\.\d\d \[", text)
 
 
 def test_a_network_does_not_differ_from_itself(run, checkpoints):
@@ -106,12 +108,12 @@ def test_a_network_does_not_differ_from_itself(run, checkpoints):
 def test_bootstrap_covers_the_mean_difference(monkeypatch):
     """95% intervals of 100 experiments, of differences with mean 1: neither all nor few of them hold it."""
     monkeypatch.setattr(evaluate, "RESAMPLES", 1000)
-    generator = torch.Generator().manual_seed(0)
+    rng = np.random.default_rng(0)
     covered = 0
     for _ in range(100):
-        before = torch.randn(40, generator=generator)
-        after = before + 1 + torch.randn(40, generator=generator)
-        mean, low, high = evaluate.bootstrap(before.tolist(), after.tolist(), generator)
+        before = rng.standard_normal(40)
+        after = before + 1 + rng.standard_normal(40)
+        mean, low, high = evaluate.bootstrap(before.tolist(), after.tolist(), rng)
         assert mean == pytest.approx(float((after - before).mean()), abs=1e-6)
         covered += low <= 1 <= high
     assert 86 <= covered <= 100
@@ -148,9 +150,41 @@ def test_folder_and_weights_of_a_torchvision_model(run, folder, tmp_path):
     assert "6 images of 64x64" in text
     assert "layer layer4" in text
     network = classifiers.load("resnet18:m.pt", 2, 64)
-    assert network.mean == classifiers.IMAGENET[0]
+    assert network.preprocessing.mean == (0.485, 0.456, 0.406)
     x = torch.rand(2, 3, 64, 64)
     assert torch.equal(network.model(x), model.eval()(x))
+
+
+def photograph():
+    return Image.fromarray(torch.randint(0, 256, (300, 400, 3)).byte().numpy())
+
+
+@pytest.mark.parametrize("name", ["inception_v3", "efficientnet_b3", "vit_h_14"])
+def test_a_network_of_torchvision_is_shown_what_it_was_published_for(name):
+    """Its own size, crop, interpolation and normalization, which are not those of ResNet-50."""
+    found, picture = classifiers.torchvision_preprocessing(name), photograph()
+    mean, std = (torch.tensor(each).view(-1, 1, 1) for each in (found.mean, found.std))
+    expected = torchvision.models.get_model_weights(name).DEFAULT.transforms()(picture)
+    assert expected.shape[-1] != 224
+    torch.testing.assert_close((found.show(picture) - mean) / std, expected)
+
+
+@pytest.mark.parametrize("name", ["tf_efficientnet_b1", "vit_tiny_patch16_224", "mobilenetv3_large_100"])
+def test_a_network_of_timm_is_shown_what_it_was_published_for(name):
+    model, picture = timm.create_model(name), photograph()
+    found = classifiers.timm_preprocessing(model)
+    mean, std = (torch.tensor(each).view(-1, 1, 1) for each in (found.mean, found.std))
+    expected = timm.data.create_transform(**timm.data.resolve_model_data_config(model))(picture)
+    torch.testing.assert_close((found.show(picture) - mean) / std, expected)
+
+
+def test_networks_without_weights_of_ones_own_are_shown_published_images(run, folder, tmp_path):
+    """Through the whole script: 299 pixels for Inception, as the table says."""
+    torch.manual_seed(0)
+    model = torchvision.models.inception_v3(num_classes=2, init_weights=False)
+    torch.save({"state_dict": {f"_orig_mod.{k}": v for k, v in model.state_dict().items()}}, tmp_path / "m.pt")
+    text = run("inception_v3:m.pt", "--data", folder, "--limit", 2, "--methods", "grad_cam", "--protocol", "ca_stream")
+    assert "2 images of 299x299" in text
 
 
 def test_cifar(run, checkpoints, tmp_path):
@@ -180,7 +214,10 @@ def test_cifar(run, checkpoints, tmp_path):
         (["broken.pt"], "expected a checkpoint of tensors in broken.pt"),
         (["foreign.pt"], "it names no architecture: give it as NAME:foreign.pt"),
         (["resnet18:foreign.pt"], "expected the weights of a ResNet in foreign.pt"),
-        (["without.pt", "--compare", "resnet18:big.pt"], "expected networks of one image size, got"),
+        (
+            ["without.pt", "--compare", "resnet18:big.pt"],
+            "expected networks that are shown the same images, got Compose(",
+        ),
     ],
 )
 def test_complaints(arguments, message, run, checkpoints, tmp_path, capsys):

@@ -117,8 +117,8 @@ def test_torch_cam():
     extractor.remove_hooks()
     maps = saliency.grad_cam(model, x, "2")
     found = metrics.faithfulness(model, x, maps)
-    assert float(found["AD"].mean()) == pytest.approx(peer.summary()["avg_drop"], abs=1e-5)
-    assert float(found["AI"].mean()) == pytest.approx(peer.summary()["conf_increase"], abs=1e-5)
+    assert float(found["AD"].mean()) == pytest.approx(100 * peer.summary()["avg_drop"], abs=1e-3)
+    assert float(found["AI"].mean()) == pytest.approx(100 * peer.summary()["conf_increase"], abs=1e-3)
 
 
 @pytest.mark.parametrize("normalized", [False, True])
@@ -131,9 +131,9 @@ def test_masking_happens_on_the_denormalized_image(normalized):
         for c in range(3):
             masked[c] = ((x[n, c] * std[c] + mean[c]) * maps[n] - mean[c]) / std[c]
         before, after = probability(model, x[n], y[n]), probability(model, masked, y[n])
-        assert float(found["AD"][n]) == pytest.approx(max(0, before - after) / before, abs=1e-12)
-        assert float(found["AG"][n]) == pytest.approx(max(0, after - before) / (1 - before), abs=1e-12)
-        assert float(found["AI"][n]) == (after > before)
+        assert float(found["AD"][n]) == pytest.approx(100 * max(0, before - after) / before, abs=1e-10)
+        assert float(found["AG"][n]) == pytest.approx(100 * max(0, after - before) / (1 - before), abs=1e-10)
+        assert float(found["AI"][n]) == 100 * (after > before)
 
 
 probabilities = arrays("float64", 5, elements=st.floats(0, 1, allow_subnormal=False))
@@ -163,7 +163,7 @@ def test_batches_and_chunks_do_not_matter(samples, chunk_size, seed):
         for name in NAMES:
             torch.testing.assert_close(together[name][n], alone[name][0])
     for name, function in (("INS", metrics.insertion), ("DEL", metrics.deletion)):
-        torch.testing.assert_close(function(model, x, maps, chunk_size=chunk_size), together[name])
+        torch.testing.assert_close(100 * function(model, x, maps, chunk_size=chunk_size), together[name])
 
 
 def test_ties_and_constant_maps_are_deterministic():
@@ -179,7 +179,7 @@ def test_ties_and_constant_maps_are_deterministic():
         assert not unmasked[name].any()
     black = metrics.faithfulness(model, x, torch.zeros(3, 8, 8), y)
     curve = metrics.deletion_curve(model, x, torch.zeros(3, 8, 8), y)
-    torch.testing.assert_close(black["AD"], metrics.average_drop(curve[:, 0], curve[:, -1]))
+    torch.testing.assert_close(black["AD"], 100 * metrics.average_drop(curve[:, 0], curve[:, -1]))
 
 
 def test_certain_models_give_no_nan():
@@ -190,7 +190,7 @@ def test_certain_models_give_no_nan():
         model[-1].bias *= 1e6
     for target in range(4):
         for values in metrics.faithfulness(model, x, maps, target).values():
-            assert ((values >= 0) & (values <= 1)).all()
+            assert ((values >= 0) & (values <= 100)).all()
 
 
 def test_maps_of_any_resolution():
@@ -212,6 +212,24 @@ def test_the_whole_image_is_inserted_and_deleted():
     torch.testing.assert_close(inserted[:, -1], p)
     torch.testing.assert_close(deleted[:, 0], p)
     torch.testing.assert_close(deleted[:, -1], black)
+
+
+@given(arrays("float64", (3, 7), elements=st.floats(0, 1)))
+def test_the_area_is_that_of_the_slides(curves):
+    found = metrics.area(torch.from_numpy(curves))
+    torch.testing.assert_close(found, torch.tensor([literal_area(curve) for curve in curves], dtype=torch.float64))
+
+
+def test_directions():
+    """Confidence that rises under the map, or early, or falls early, is the better one."""
+    low, high = torch.tensor([0.2, 0.5]), torch.tensor([0.6, 0.5])
+    functions = {"AD": metrics.average_drop, "AG": metrics.average_gain, "AI": metrics.average_increase}
+    better = {name: (function(low, high).mean(), function(high, low).mean()) for name, function in functions.items()}
+    curves = torch.tensor([[0.1, 0.9, 1.0], [0.1, 0.1, 1.0]])  # an early rise and a late one
+    better["INS"] = tuple(metrics.area(curves))
+    better["DEL"] = tuple(metrics.area(1 - curves))
+    assert {name: bool(good > bad) for name, (good, bad) in better.items()} == metrics.HIGHER_IS_BETTER
+    assert tuple(better) == NAMES
 
 
 def test_protocols_are_named():
@@ -236,11 +254,11 @@ def test_metric_is_the_mean_over_batches():
             metric.update(x[part], maps[part], y[part])
         expected = metrics.faithfulness(model, x, maps, y, **options)
         for name, value in metric.compute().items():
-            assert float(value) == pytest.approx(100 * float(expected[name].mean()))
+            assert float(value) == pytest.approx(float(expected[name].mean()))
         metric.reset()
         metric.update(x[:2], maps[:2])
         again = metrics.faithfulness(model, x[:2], maps[:2], **options)
-        assert float(metric.compute()["INS"]) == pytest.approx(100 * float(again["INS"].mean()))
+        assert float(metric.compute()["INS"]) == pytest.approx(float(again["INS"].mean()))
 
 
 def test_metric_counts_forward_passes():

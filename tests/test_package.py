@@ -1,9 +1,12 @@
 """The package itself: what it imports, what it ships, what its files say of one another."""
 
 import ast
+import email
+import os
 import re
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -19,9 +22,8 @@ MAY_IMPORT = {
     "private": set(),
     "signals": set(),
     "model": {"private", "signals"},
-    "plot": set(),
-    "metrics": {"model", "faithfulness"},  # one name, imported where it is asked for
-    "faithfulness": {"metrics"},
+    "metrics": {"model"},
+    "plot": {"metrics"},
     "graph": {"private"},
     "criteria": {"autocast", "graph", "model"},
     "transforms": set(),
@@ -89,21 +91,95 @@ def test_import_needs_torch_alone():
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, cwd=ROOT, timeout=300)
 
 
-def test_wheel(tmp_path):
-    """It holds the package, the type marker and the licence, nothing else, and asks for torch alone."""
-    pytest.importorskip("build")
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
+@pytest.fixture(scope="module")
+def dist(tmp_path_factory):
+    """The folder with what a release would publish, built without the internet."""
+    for name in ("build", "hatchling", "hatch_fancy_pypi_readme"):
+        pytest.importorskip(name)
+    folder = tmp_path_factory.mktemp("dist")
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(ROOT)]
     subprocess.run(command, check=True, capture_output=True, timeout=300)
-    (wheel,) = tmp_path.glob("*.whl")
+    return folder
+
+
+def metadata(dist):
+    (wheel,) = dist.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith("METADATA"))
+        return email.message_from_bytes(archive.read(name))
+
+
+def test_wheel(dist):
+    """It holds the package, the type marker and the licence, nothing else, and asks for torch alone."""
+    (wheel,) = dist.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
-        metadata = archive.read(next(name for name in names if name.endswith("METADATA"))).decode()
     assert {name.split("/")[0] for name in names} == {"interpgrad", f"interpgrad-{interpgrad.__version__}.dist-info"}
     assert "interpgrad/py.typed" in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
-    required = [line for line in metadata.splitlines() if line.startswith("Requires-Dist") and "extra ==" not in line]
-    assert required == ["Requires-Dist: torch>=2.4"]
-    assert "Requires-Python: >=3.10" in metadata
+    found = metadata(dist)
+    required = [each for each in found.get_all("Requires-Dist") if "extra ==" not in each]
+    assert f'dependencies = ["{required[0]}"]' in (ROOT / "pyproject.toml").read_text()
+    assert required[0].startswith("torch>=")
+    assert len(required) == 1
+    assert found["Requires-Python"] == ">=3.10"
+    assert {each.partition(", ")[0] for each in found.get_all("Project-URL")} >= {"Repository", "Issues", "Changelog"}
+
+
+def test_source_distribution(dist):
+    """It holds what its tests need."""
+    (archive,) = dist.glob("*.tar.gz")
+    with tarfile.open(archive) as files:
+        names = {name.partition("/")[2] for name in files.getnames()}
+    for name in ("tests/test_package.py", "examples/quickstart.py", "Makefile", ".github/workflows/tests.yml"):
+        assert name in names
+
+
+def test_twine(dist):
+    pytest.importorskip("twine")
+    command = [sys.executable, "-m", "twine", "check", "--strict", *map(str, dist.iterdir())]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout
+    assert result.stdout.count("PASSED") == 2
+
+
+LINKS = r"\]\(([^)\s]+)|^\[[^\]]+\]:\s*(\S+)|(?:src|href)=[\"']([^\"']+)"
+
+
+def test_the_long_description_has_no_relative_links(dist):
+    """Each goes to a file of the repository, which is there; code is as it was."""
+    readme, described = (ROOT / "README.md").read_text(), metadata(dist).get_payload(decode=True).decode()
+    fences = re.compile(r"^```.*?^```", re.DOTALL | re.MULTILINE)
+    assert fences.findall(described) == fences.findall(readme)
+    prose = fences.sub("", described)
+    links = ["".join(found) for found in re.findall(LINKS, prose, re.MULTILINE)]
+    urls = dict(each.split(", ") for each in metadata(dist).get_all("Project-URL"))
+    of_files = 0
+    for link in links:
+        assert link.startswith(("https://", "#")), link
+        if match := re.match(rf"{urls['Repository']}/(?:blob|raw)/main/([^#]+)", link):
+            assert (ROOT / match[1]).exists(), link
+            of_files += 1
+    assert of_files
+
+
+def test_a_release_is_verified(dist, tmp_path):
+    """As `make verify` does, with the wheel unpacked in the place of an installation; another version's tag fails."""
+    (wheel,) = dist.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path)
+
+    def verify(*tag):
+        command = [sys.executable, "-W", "ignore", str(ROOT / ".ci" / "verify.py"), *tag]
+        environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+    right = verify(f"v{interpgrad.__version__}")
+    assert right.returncode == 0, right.stderr
+    assert str(tmp_path) in right.stdout
+    wrong = verify("v99.0.0")
+    assert wrong.returncode == 1
+    assert "got v99.0.0" in wrong.stderr
 
 
 def test_versions_agree():

@@ -83,7 +83,7 @@ def test_from_training_to_tables(folder, tmp_path, monkeypatch):  # noqa: F811
     result = run("compare.py", runs, "--json", tmp_path / "compared.json")
     assert result.returncode == 0, result.stderr
     assert "4 images of 32x32; seeds: without 2, with 2" in result.stdout
-    assert re.search(r"\| Score-CAM \| with \| [+-]\d+\.\d \[", result.stdout)
+    assert re.search(r"\| Score-CAM +\| with +\| [+-]\d+\.\d \[", result.stdout)
     assert re.search(r"one gradient of \*with\* \(\d\.\d+\) is worth (\d+\.\d|inf) samples", result.stdout)
     stored = json.loads((tmp_path / "compared.json").read_text())
     assert compare.maps_table(stored) in result.stdout
@@ -104,3 +104,12 @@ def test_the_interval_covers():
         _, low, high = compare.interval(1 + seeds + images + noise)
         covered += low <= 1 <= high
     assert 185 <= covered <= 200
+
+
+def test_fractions_of_earlier_files():
+    """Values that were stored before they were in percent are not taken for percent."""
+    old = {"settings": {}, "values": {"AD": [0.5, 0.25]}}
+    new = {"settings": {"unit": "percent"}, "values": {"AD": [50.0, 25.0]}}
+    runs = {"0": {"maps": {"grad_cam": old}}, "1": {"maps": {"grad_cam": new}}}
+    found = compare.percent(runs, ["0", "1"], "grad_cam", "AD")
+    torch.testing.assert_close(found, torch.tensor([[50.0, 25.0], [50.0, 25.0]], dtype=torch.float64))

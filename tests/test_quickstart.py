@@ -140,7 +140,7 @@ def test_augmentation_is_a_crop_mirrored_or_not():
 def test_a_tiny_run_on_digits(tmp_path):
     result = run("--quick", "--epochs", 1, "--seeds", 1, "--limit", 128, "--json", "demo.json", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert "| without |" in result.stdout
+    assert "| without " in result.stdout
     assert "| with, λ =" in result.stdout
     assert "pointing game" in result.stdout
     picture = Image.open(tmp_path / "demo.png")

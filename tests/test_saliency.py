@@ -341,6 +341,18 @@ def test_scaled_logits_leave_linear_methods_alone(name, factor):
     torch.testing.assert_close(CAMS[name](model, x, LAYER), before, rtol=1e-7, atol=1e-7)
 
 
+def test_names():
+    """XGrad-CAM is Axiom-CAM; `scale` is what every map has passed through, and leaves it as it is."""
+    assert saliency.xgrad_cam is saliency.axiom_cam
+    model, x = small_net().eval(), data()[0]
+    maps = saliency.xgrad_cam(model, x, LAYER)
+    assert torch.equal(saliency.scale(maps), maps)
+    other = torch.rand(3, 8, 8)
+    torch.testing.assert_close(saliency.scale(3 - 2 * other), 1 - saliency.scale(other))
+    with pytest.raises(ValueError, match=r"expected maps \(N, H, W\), got shape \(3, 3, 8, 8\)"):
+        saliency.scale(x)
+
+
 @pytest.mark.parametrize("name", CAMS)
 def test_the_predicted_class_is_the_default(name):
     model, x = small_net().eval(), data(8)[0]

@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from scipy import stats
 from torch import Tensor
 
 sys.path.append(str(Path(__file__).parent.parent))
 from evaluate import METRICS, TITLES
 from figures import both_gradients, paired_table, worth
-
-STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+from markdown_table import markdown_table
 
 
 def interval(differences: Tensor) -> tuple[float, float, float]:
@@ -32,8 +32,10 @@ def interval(differences: Tensor) -> tuple[float, float, float]:
     images' means. Of one seed, the images' alone.
     """
     seeds, images = differences.shape
-    of_images = 1.96 * float(differences.mean(0).std()) / math.sqrt(images)
-    of_seeds = STUDENT[seeds - 1] * float(differences.mean(1).std()) / math.sqrt(seeds) if seeds > 1 else 0.0
+    of_images = stats.norm.ppf(0.975) * float(differences.mean(0).std()) / math.sqrt(images)
+    of_seeds = 0.0
+    if seeds > 1:
+        of_seeds = stats.t.ppf(0.975, seeds - 1) * float(differences.mean(1).std()) / math.sqrt(seeds)
     mean, half = float(differences.mean()), math.hypot(of_images, of_seeds)
     return mean, mean - half, mean + half
 
@@ -82,8 +84,10 @@ def compared(runs: dict[str, dict[str, dict[str, Any]]], base: str) -> dict[str,
 
 def percent(runs: dict[str, dict[str, Any]], seeds: list[str], method: str, metric: str) -> Tensor:
     """A metric of every image, (seeds, images)."""
-    values = [runs[seed]["maps"][method]["values"][metric] for seed in seeds]
-    return 100 * torch.tensor(values, dtype=torch.float64)
+    maps = [runs[seed]["maps"][method] for seed in seeds]
+    factors = [1 if "unit" in each["settings"] else 100 for each in maps]  # fractions of 1, as once stored
+    values = [each["values"][metric] for each in maps]
+    return torch.tensor(values, dtype=torch.float64) * torch.tensor(factors)[:, None]
 
 
 def gradients_table(stored: dict[str, Any]) -> str:
@@ -117,21 +121,23 @@ def _insertions(stored: dict[str, Any], name: str) -> list[list[float]]:
 
 def maps_table(stored: dict[str, Any]) -> str:
     """Means in percent, and differences to the base with their intervals; * where they exclude 0."""
-    lines = ["| map | setting | " + " | ".join(METRICS.values()) + " |", "| --- | --- |" + " --- |" * len(METRICS)]
+    table = []
     for method, rows in stored["maps"].items():
         for name, row in rows.items():
-            cells = []
+            cells = [TITLES[method], name]
             for metric in METRICS:
                 cell = f"{row[metric]['mean']:.1f}"
                 if "difference" in row[metric]:
                     mean, low, high = row[metric]["difference"]
                     cell = f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]{'' if low <= 0 <= high else ' *'}"
                 cells.append(cell)
-            lines.append(f"| {TITLES[method]} | {name} | " + " | ".join(cells) + " |")
+            table.append(cells)
     seeds = ", ".join(f"{name} {len(each)}" for name, each in stored["figures"].items())
-    lines += ["", f"{stored['images']}; seeds: {seeds}; {stored['protocol']}. In percent. The rows below "]
-    lines[-1] += f"*{stored['base']}* are differences to it, with 95% intervals over seeds and images."
-    return "\n".join(lines)
+    foot = (
+        f"{stored['images']}; seeds: {seeds}; {stored['protocol']}. In percent. The rows below *{stored['base']}* are "
+        "differences to it, with 95% intervals over seeds and images."
+    )
+    return markdown_table(["map", "setting", *METRICS.values()], table) + f"\n\n{foot}"
 
 
 def main() -> None:

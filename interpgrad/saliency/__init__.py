@@ -1,6 +1,6 @@
 """Saliency maps: input gradients and class activation maps. Tensors in, tensors out, on their device."""
 
-from interpgrad.saliency.cam import CAMS, ablation_cam, axiom_cam, grad_cam, grad_cam_pp, score_cam
+from interpgrad.saliency.cam import CAMS, ablation_cam, axiom_cam, grad_cam, grad_cam_pp, scale, score_cam, xgrad_cam
 from interpgrad.saliency.gradients import gradient, guided_gradient, smooth_gradient
 
 __all__ = [
@@ -11,6 +11,8 @@ __all__ = [
     "grad_cam_pp",
     "gradient",
     "guided_gradient",
+    "scale",
     "score_cam",
     "smooth_gradient",
+    "xgrad_cam",
 ]

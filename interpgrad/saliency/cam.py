@@ -179,6 +179,8 @@ def ablation_cam(
     return torch.cat(maps)
 
 
+xgrad_cam = axiom_cam  # its other name
+
 CAMS: dict[str, Callable[..., Tensor]] = {
     "grad_cam": grad_cam,
     "grad_cam_pp": grad_cam_pp,
@@ -189,7 +191,18 @@ CAMS: dict[str, Callable[..., Tensor]] = {
 
 
 def scale(maps: Tensor) -> Tensor:
-    """Maps (N, H, W), each scaled from its minimum and maximum to [0, 1]; a constant one becomes 0."""
+    """Maps (N, H, W), each scaled from its minimum and maximum to [0, 1]; a constant one becomes 0.
+
+    What every class activation map has passed through, and what `interpgrad.metrics` asks of other maps.
+
+    Raises ValueError for maps of another shape.
+
+    >>> scale(torch.tensor([[[-1.0, 0.0], [1.0, 3.0]]]))
+    tensor([[[0.0000, 0.2500],
+             [0.5000, 1.0000]]])
+    """
+    if maps.dim() != 3:
+        raise ValueError(f"expected maps (N, H, W), got shape {tuple(maps.shape)}: sum gradients over their colours.")
     low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
     return torch.where(high > low, (maps - low) / (high - low), 0)
 

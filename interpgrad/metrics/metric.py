@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from interpgrad.metrics import PROTOCOLS, Protocol, faithfulness
+from interpgrad.metrics.functional import HIGHER_IS_BETTER, PROTOCOLS, Protocol, faithfulness
 
 try:
     from torchmetrics import Metric
@@ -21,15 +21,15 @@ except ImportError as reason:
     ) from reason
 
 _INSTANCES = itertools.count()
-_NAMES = ("AD", "AG", "AI", "INS", "DEL")
 
 
 class Faithfulness(Metric):
     """Means of the five faithfulness metrics, in percent, over batches and ranks.
 
     `update(x, maps, target=None)` as of `interpgrad.metrics.faithfulness`, whose keyword arguments the constructor
-    takes; `compute()` returns {"AD", "AG", "AI", "INS", "DEL"} -> 0-dim tensor. The model is held, not registered: the
-    metric neither moves nor stores it.
+    takes; `compute()` returns {"AD", "AG", "AI", "INS", "DEL"} -> 0-dim tensor. Which of them are the better the higher
+    says `interpgrad.metrics.HIGHER_IS_BETTER`, since torchmetrics has one answer for a metric. The model is held, not
+    registered: the metric neither moves nor stores it.
 
     >>> model = nn.Sequential(nn.Flatten(), nn.Linear(48, 5))
     >>> metric = Faithfulness(model)
@@ -40,7 +40,7 @@ class Faithfulness(Metric):
 
     full_state_update = False
     is_differentiable = False
-    higher_is_better = None
+    higher_is_better = None  # of some of the five: see HIGHER_IS_BETTER
 
     model: nn.Module
     total: Tensor
@@ -69,7 +69,7 @@ class Faithfulness(Metric):
             "denominator": denominator,
             "chunk_size": chunk_size,
         }
-        self.add_state("total", torch.zeros(len(_NAMES), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("total", torch.zeros(len(HIGHER_IS_BETTER), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("count", torch.tensor(0), dist_reduce_fx="sum")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Faithfulness:
@@ -82,9 +82,9 @@ class Faithfulness(Metric):
     def update(self, x: Tensor, maps: Tensor, target: Any = None) -> None:
         """Add a batch: images (N, C, H, W), maps (N, h, w) in [0, 1], the classes they explain."""
         found = faithfulness(self.model, x, maps, target, **self.settings)
-        self.total += torch.stack([found[name].sum() for name in _NAMES]).to(self.total)
+        self.total += torch.stack([found[name].sum() for name in HIGHER_IS_BETTER]).to(self.total)
         self.count += len(x)
 
     def compute(self) -> dict[str, Tensor]:
         """The means over everything since the last reset, in percent."""
-        return dict(zip(_NAMES, 100 * self.total / self.count, strict=True))
+        return dict(zip(HIGHER_IS_BETTER, self.total / self.count, strict=True))

@@ -1,27 +1,9 @@
-"""Faithfulness of saliency maps: does the model's confidence follow what the map calls important?
-
-y is the softmax probability of the class explained, o the same for the image under its map. N images x (N, C, H, W),
-maps (N, h, w) in [0, 1] (resized to (H, W) by bilinear interpolation where they differ), results per sample (N,), in
-fractions of 1; papers print their mean times 100.
-
-    AD   average drop        max(0, y - o) / y           the lower the better
-    AG   average gain        max(0, o - y) / (1 - y)     higher
-    AI   average increase    1[o > y]                    higher
-    INS  insertion           area under y while a blurred image is revealed, most salient pixels first; higher
-    DEL  deletion            area under y while pixels are set to 0, most salient first; lower
-
-The image under its map: denormalized with mean and std, multiplied by the map, normalized again. Pixels are inserted
-and deleted in the space the model sees, so many per step; the area is (sum - ends / 2) / steps; among equally salient
-pixels the first in reading order comes first, so results are deterministic.
-
-Sources: Chattopadhyay et al., arXiv 1710.11063 (AD, AI); Zhang et al., arXiv 2301.07002 (AG); Petsiuk et al., RISE,
-arXiv 1806.07421 (INS, DEL).
-"""
+"""The faithfulness metrics as functions. The package says what they are."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,12 +11,10 @@ from torch import Tensor, nn
 
 from interpgrad.model import class_logits, classes_to_explain, evaluation_mode, logits_of
 
-if TYPE_CHECKING:
-    from interpgrad.faithfulness import Faithfulness as Faithfulness
-
-
 _PerChannel = float | Sequence[float] | Tensor | None
 _ROUNDING = 1e-5  # by which maps may leave [0, 1]
+
+HIGHER_IS_BETTER = {"AD": False, "AG": True, "AI": True, "INS": True, "DEL": False}
 
 
 class Protocol(NamedTuple):
@@ -67,7 +47,7 @@ PROTOCOLS = {
 
 
 def average_drop(y: Tensor, o: Tensor) -> Tensor:
-    """max(0, y - o) / y per sample, 0 where y is 0.
+    """max(0, y - o) / y per sample, a fraction of 1; 0 where y is 0.
 
     Args:
         y: probabilities (N,) on the images.
@@ -83,7 +63,7 @@ def average_drop(y: Tensor, o: Tensor) -> Tensor:
 
 
 def average_gain(y: Tensor, o: Tensor, *, denominator: str = "1-y") -> Tensor:
-    """max(0, o - y) / (1 - y) per sample, 0 where y is 1.
+    """max(0, o - y) / (1 - y) per sample, a fraction of 1; 0 where y is 1.
 
     Arguments and errors as of `average_drop`. `denominator="y"` divides by y instead, as the paper's slides print it;
     the published definition and the authors' evaluator have 1 - y.
@@ -116,7 +96,7 @@ def insertion(
     protocol: str | Protocol = "rise",
     chunk_size: int = 64,
 ) -> Tensor:
-    """The area (N,) under `insertion_curve`, whose arguments and errors it shares."""
+    """The area (N,), a fraction of 1, under `insertion_curve`, whose arguments and errors it shares."""
     return area(insertion_curve(model, x, maps, target, protocol=protocol, chunk_size=chunk_size))
 
 
@@ -129,7 +109,7 @@ def deletion(
     protocol: str | Protocol = "rise",
     chunk_size: int = 64,
 ) -> Tensor:
-    """The area (N,) under `deletion_curve`, whose arguments and errors it shares."""
+    """The area (N,), a fraction of 1, under `deletion_curve`, whose arguments and errors it shares."""
     return area(deletion_curve(model, x, maps, target, protocol=protocol, chunk_size=chunk_size))
 
 
@@ -188,12 +168,12 @@ def deletion_curve(
 
 
 def area(curve: Tensor) -> Tensor:
-    """The mean height (N,) of curves (N, steps + 1) by the trapezoidal rule.
+    """The area (N,) under curves (N, steps + 1) of width 1, or of one (steps + 1,), by the trapezoidal rule.
 
     >>> area(torch.tensor([[0.0, 0.5, 1.0]]))
     tensor([0.5000])
     """
-    return (curve.sum(1) - (curve[:, 0] + curve[:, -1]) / 2) / (curve.shape[1] - 1)
+    return torch.trapezoid(curve) / (curve.shape[-1] - 1)
 
 
 def faithfulness(
@@ -208,7 +188,7 @@ def faithfulness(
     denominator: str = "1-y",
     chunk_size: int = 64,
 ) -> dict[str, Tensor]:
-    """All five metrics per sample, {"AD", "AG", "AI", "INS", "DEL"} -> (N,), from shared forward passes.
+    """All five metrics per sample in percent, {"AD", "AG", "AI", "INS", "DEL"} -> (N,), from shared forward passes.
 
     Arguments and errors as of `insertion_curve`, `denominator` as of `average_gain`. `mean` and `std`, one value per
     channel, are what the images were normalized with; None if they were not.
@@ -223,13 +203,14 @@ def faithfulness(
         # The image itself ends the one curve and begins the other.
         inserted = torch.cat([images.inserted(range(images.steps)), y[:, None]], 1)
         deleted = torch.cat([y[:, None], images.deleted(range(1, images.steps + 1))], 1)
-    return {
+    fractions = {
         "AD": average_drop(y, o),
         "AG": average_gain(y, o, denominator=denominator),
         "AI": average_increase(y, o),
         "INS": area(inserted),
         "DEL": area(deleted),
     }
+    return {name: 100 * values for name, values in fractions.items()}
 
 
 class _Perturbation:
@@ -347,7 +328,7 @@ def _check_images(x: Any, maps: Any, chunk_size: int) -> None:
     if maps.min() < -_ROUNDING or maps.max() > 1 + _ROUNDING:
         raise ValueError(
             f"expected maps in [0, 1], got values from {float(maps.min()):.3g} to {float(maps.max()):.3g}: scale each "
-            "map, (map - min) / (max - min)."
+            "map, (map - min) / (max - min), as interpgrad.saliency.scale does."
         )
     if chunk_size < 1:
         raise ValueError(f"expected chunk_size of at least 1, got {chunk_size}.")
@@ -359,11 +340,3 @@ def _check_probabilities(y: Tensor, o: Tensor) -> None:
     for name, value in (("y", y), ("o", o)):
         if not ((value >= 0) & (value <= 1)).all():  # also false for NaN
             raise ValueError(f"expected {name} to hold probabilities in [0, 1]: apply softmax to logits.")
-
-
-def __getattr__(name: str) -> Any:
-    if name == "Faithfulness":  # the one thing here that needs torchmetrics
-        from interpgrad.faithfulness import Faithfulness
-
-        return Faithfulness
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
