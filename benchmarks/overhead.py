@@ -1,7 +1,7 @@
 """What a regularized training step costs, against a plain one and against the usual ways to write it.
 
     python benchmarks/overhead.py --models resnet18_cifar --size 32 --batch 32
-    python benchmarks/overhead.py --models mobilenet_v2 resnet50 --size 224 --batch 128 --device cuda --amp bf16
+    python benchmarks/overhead.py --models mobilenet_v2 resnet50 --size 224 --batch 128 --device cuda --amp fp32 bf16
 
 All contenders run in one process, in turn, on the same model and images, after a check that they compute the same
 gradient. Times are medians over the repetitions, in ms, with the interquartile range; ratios are to the plain step of
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
+import itertools
 import json
 import math
 import platform
@@ -40,6 +41,7 @@ from markdown_table import markdown_table
 
 LIMIT = 7 / 3
 LAM = 0.1
+FEWEST = 3  # repetitions, however long they take
 CHECKED = {  # who computes the same as whom
     "interpgrad, coupled, shared forward": [
         "as usually written, three forwards",
@@ -188,13 +190,19 @@ def gradient(model: nn.Module, step: Step) -> Tensor:
 
 
 def wrong_gradients(model: nn.Module, steps: dict[str, Step], half: bool) -> dict[str, float]:
-    """Contenders whose penalty's gradient is not that of the shared forward, and by how much (relative norm)."""
+    """Contenders whose penalty's gradient is not that of the shared forward, and by how much (relative norm).
+
+    Infinite of those that need more memory than there is.
+    """
     plain = gradient(model, steps["plain step"])
     off = {}
     for reference, names in CHECKED.items():
         expected = gradient(model, steps[reference]) - plain
         for name in names:
-            off[name] = float((gradient(model, steps[name]) - plain - expected).norm() / expected.norm())
+            try:
+                off[name] = float((gradient(model, steps[name]) - plain - expected).norm() / expected.norm())
+            except torch.cuda.OutOfMemoryError:
+                off[name] = math.inf
     return {name: value for name, value in off.items() if not value < (0.3 if half else 0.01)}
 
 
@@ -229,13 +237,13 @@ def milliseconds(model: nn.Module, step: Step, steps: int, device: str) -> float
     return 1000 * (time.perf_counter() - start) / steps
 
 
-def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
+def measure(name: str, precision: str, layout_name: str, options: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(0)
-    layout = torch.channels_last if options.channels_last else torch.contiguous_format
+    layout = getattr(torch, {"contiguous": "contiguous_format"}.get(layout_name, layout_name))
     model = build(name).train().to(options.device, memory_format=layout)
     x = torch.randn(options.batch, 3, options.size, options.size, device=options.device).to(memory_format=layout)
     y = torch.randint(10, (options.batch,), device=options.device)
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(options.amp)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     for module in model.modules():
         if isinstance(module, (nn.Dropout, StochasticDepth)):
             module.p = 0.0  # the contenders must compute the same
@@ -249,8 +257,11 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
         del steps[contender]
 
     times: dict[str, list[float]] = {contender: [] for contender in steps}
+    start = time.perf_counter()
     with tqdm(total=(1 + options.repeat) * len(steps), desc=name, leave=False) as progress:
         for repetition in range(1 + options.repeat):
+            if repetition > FEWEST and time.perf_counter() - start > options.seconds:
+                break
             for contender, step in steps.items():
                 value = milliseconds(model, step, 4 if "every" in contender else 1, options.device)
                 if repetition:  # the first warms up
@@ -271,8 +282,9 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
         "model": name,
         "size": options.size,
         "batch": options.batch,
-        "layout": "channels_last" if options.channels_last else "contiguous",
-        "precision": options.amp or "fp32",
+        "layout": layout_name,
+        "precision": precision,
+        "repetitions": len(times["plain step"]),
         "device": options.device,
         "activations": options.activations,
         "rows": rows,
@@ -313,7 +325,8 @@ def table(result: dict[str, Any]) -> str:
         limit = "" if name == "plain step" or "every" in name else f"{row['of_limit']:.0%}"
         cells = [name, f"{row['ms']:.1f}", f"{row['iqr']:.1f}", f"{row['ratio']:.2f}", limit]
         rows.append([*cells, f"{row['peak_mib']:.0f}", f"{row['peak_ratio']:.2f}", f"{row['images_per_s']:.0f}"])
-    rows += [[name, f"wrong gradient (off by {off:.0%})", *6 * [""]] for name, off in result["wrong"].items()]
+    for name, off in result["wrong"].items():
+        rows.append([name, f"wrong gradient (off by {off:.0%})" if off < math.inf else "out of memory", *6 * [""]])
     headings = ["", "ms", "IQR", "ratio", "of the 7/3 limit", "peak MiB", "ratio", "images/s"]
     what = f"{result['model']}, {result['size']}², batch {result['batch']}, {result['layout']}, {result['precision']}"
     return f"{what}\n\n{markdown_table(headings, rows)}"
@@ -359,8 +372,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--repeat", type=int, default=10, help="timed repetitions, at least 2 (%(default)s)")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="(%(default)s)")
     parser.add_argument("--activations", default="all", choices=["relu", "all"], help="of the loss (%(default)s)")
-    parser.add_argument("--amp", choices=["bf16", "fp16"], help="autocast")
-    parser.add_argument("--channels-last", action="store_true", help="memory format")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="no more repetitions of a model after so many")
+    parser.add_argument("--amp", nargs="+", default=["fp32"], choices=["fp32", "bf16", "fp16"], help="autocast (fp32)")
+    layouts = ["contiguous", "channels_last"]
+    parser.add_argument("--layout", nargs="+", default=layouts[:1], choices=layouts, help="memory format (contiguous)")
     parser.add_argument("--json", type=Path, help="add the results to this file")
     parser.add_argument("--plot", type=Path, help="write a bar chart of all results in the run, or in the file")
     options = parser.parse_args()
@@ -373,14 +388,12 @@ def main() -> None:
     options = arguments()
     for name in options.models:
         build(name)  # an unknown name must not surface after an hour
-    results = []
-    for name in options.models:
-        results.append(measure(name, options))
+    results = json.loads(options.json.read_text())["results"] if options.json and options.json.exists() else []
+    for name, precision, layout in itertools.product(options.models, options.amp, options.layout):
+        results.append(measure(name, precision, layout, options))
         print(table(results[-1]), end="\n\n", flush=True)
-    if options.json:
-        earlier = json.loads(options.json.read_text())["results"] if options.json.exists() else []
-        results = earlier + results
-        options.json.write_text(json.dumps(provenance(options.device) | {"results": results}, indent=1) + "\n")
+        if options.json:
+            options.json.write_text(json.dumps(provenance(options.device) | {"results": results}, indent=1) + "\n")
     if options.plot:
         plot(results, options.plot)
 

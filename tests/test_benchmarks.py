@@ -46,13 +46,17 @@ def run(*arguments, cwd, script="overhead.py"):
 
 
 def test_a_tiny_run(tmp_path):
-    options = ["--batch", 8, "--repeat", 2, "--size", 64, "--channels-last", "--json", "o.json", "--plot", "o.png"]
-    result = run("--models", "squeezenet1_1", "mobilenet_v2", *options, cwd=tmp_path)
+    options = ["--batch", 8, "--repeat", 9, "--seconds", 0, "--size", 64, "--json", "o.json", "--plot", "o.png"]
+    variants = ["--amp", "fp32", "bf16", "--layout", "contiguous", "channels_last"]
+    result = run("--models", "squeezenet1_1", *options, *variants, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     stored = json.loads((tmp_path / "o.json").read_text())
     assert {"machine", "threads", "torch", "commit", "date"} <= stored.keys()
+    found = {(each["precision"], each["layout"]) for each in stored["results"]}
+    assert found == {(amp, layout) for amp in ("fp32", "bf16") for layout in ("contiguous", "channels_last")}
     for each in stored["results"]:
         assert not each["wrong"]
+        assert each["repetitions"] == overhead.FEWEST
         assert each["rows"]["plain step"]["ratio"] == 1
         for row in each["rows"].values():
             assert row["ms"] > 0
