@@ -1,5 +1,6 @@
 """The experiments: networks, a training that is killed, a miniature of the whole way from training to tables."""
 
+import importlib.util
 import json
 import re
 import signal
@@ -8,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import filelock
 import pytest
 import torch
 from torch import nn
@@ -19,8 +21,17 @@ sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "examples" / "paper")]
 import compare  # noqa: E402
 import images  # noqa: E402
 import networks  # noqa: E402
+import slides  # noqa: E402
 import train  # noqa: E402
 from test_quickstart import folder  # noqa: E402, F401  # a fixture
+
+
+def loaded(name):
+    """A script of which another folder has one of the same name."""
+    spec = importlib.util.spec_from_file_location(f"paper_{name}", ROOT / "examples" / "paper" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def run(name, *arguments, **options):
@@ -91,6 +102,66 @@ def test_from_training_to_tables(folder, tmp_path, monkeypatch):  # noqa: F811
     mean, low, high = after["difference"]
     assert mean == pytest.approx(after["mean"] - before["mean"])
     assert low < mean < high
+
+
+CAMS = ("grad_cam", "grad_cam_pp", "score_cam", "ablation_cam", "axiom_cam")
+MINIATURE = ("--networks", "resnet18", "--readings", "coupled", "--weights", "--errors", "--scale", 0.0625)
+MINIATURE += ("--epochs", 1, "--limit-training", 64, "--batch-size", 32, "--limit", 4, "--figures", 8)
+MINIATURE += ("--methods", *CAMS, "--device", "cpu")
+
+
+def test_the_whole_pipeline_in_miniature(folder, tmp_path):  # noqa: F811
+    """The queue, with a run that somebody else is at, and RESULTS.md."""
+    runs, held = tmp_path / "runs", tmp_path / "runs" / "resnet18_recipe-1"
+    options = (*MINIATURE, "--data", folder, "--output", runs)
+    result = run("sweep.py", *options, "--seeds", 2, "--dry-run")
+    assert result.returncode == 0, result.stderr
+    assert re.search(r"\n6 runs, 0\.\d hours of training on one cpu", result.stdout)
+    held.mkdir(parents=True)
+    with filelock.FileLock(held / "lock"):
+        result = run("sweep.py", *options, "--seeds", 2, "--jobs", 2)
+    assert result.returncode == 0, result.stderr
+    assert "resnet18_recipe-1: at work elsewhere" in result.stdout
+    assert result.stdout.count(" minutes") == 5
+    assert not (held / "run.json").exists()
+    result = run("sweep.py", *options, "--seeds", 2)
+    assert result.stdout.splitlines()[-1].startswith("1/1 resnet18_recipe-1: ")
+    files = ("--json", tmp_path / "runs.json", "--output", tmp_path / "RESULTS.md")
+    for source in ((runs,), ()):  # and again from what is stored
+        result = run("tables.py", *source, *files)
+        assert result.returncode == 0, result.stderr
+        text = (tmp_path / "RESULTS.md").read_text()
+        assert "3 settings, 6 runs: 1 epochs, batches of 32, width 4.0 of resnet18." in text
+        assert re.search(r"\| RESNET-18, Grad-CAM, ours +\| slides +\| 28\.09 ", text)
+        assert re.search(
+            r"\| +\| paper's loss, coupled statistics +\| \d+\.\d\d ± \d+\.\d\d \([+-]\d+\.\d\d\) [~✓✗]", text
+        )
+        assert re.search(r"of 50 differences in the slides, .*25 missing\.", text)
+        assert re.search(r"\| paper's loss, frozen statistics +\| missing +\|", text)
+        assert "## Table 4" in text
+
+
+@pytest.mark.parametrize(
+    ("difference", "outcome"),
+    [
+        ([1.0, 0.5, 1.5], "reproduced"),
+        ([-1.0, -1.5, -0.5], "not reproduced"),
+        ([1.0, -0.5, 2.5], "within the spread of seeds"),
+    ],
+)
+def test_verdicts(difference, outcome):
+    tables = loaded("tables")
+    assert tables.verdict(2.0, {"difference": difference, "differences": [1, 2]}) == outcome
+    assert tables.verdict(2.0, {"difference": difference, "differences": [1]}) == "within the spread of seeds"
+    assert tables.verdict(2.0, None) == "missing"
+
+
+def test_the_slides_figures_agree_with_each_other():
+    """The same network stands in several of their tables (but for a digit of AG, and two of DEL)."""
+    baseline, ours = slides.OF_MAPS["resnet18"]["grad_cam"]
+    assert (slides.ACCURACY["resnet18"][0], *baseline) == slides.PLAIN
+    assert slides.OF_ERRORS["cos"] == (slides.ACCURACY["resnet18"][1], *ours)
+    assert slides.OF_WEIGHTS[7.5e-3] == pytest.approx(slides.OF_ERRORS["cos"], abs=0.011)
 
 
 def test_the_interval_covers():

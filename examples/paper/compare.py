@@ -12,6 +12,7 @@ import json
 import math
 import statistics
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +41,12 @@ def interval(differences: Tensor) -> tuple[float, float, float]:
     return mean, mean - half, mean + half
 
 
-def read(folder: Path) -> dict[str, dict[str, dict[str, Any]]]:
-    """Name -> seed -> what was measured of that run."""
+def read(folder: Path, methods: Iterable[str] = tuple(TITLES)) -> dict[str, dict[str, dict[str, Any]]]:
+    """Name -> seed -> what was measured of that run, if these methods were."""
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for path in sorted(folder.glob("*-*/figures.json")):
         name, _, seed = path.parent.name.rpartition("-")
-        maps = {method: path.parent / f"{path.parent.name}-{method}.json" for method in TITLES}
+        maps = {method: path.parent / f"{path.parent.name}-{method}.json" for method in methods}
         if all(each.exists() for each in maps.values()):
             run = json.loads((path.parent / "run.json").read_text())
             figures = json.loads(path.read_text())

@@ -18,7 +18,7 @@ from torch.utils.data import TensorDataset
 
 sys.path.append(str(Path(__file__).parent.parent))
 from classifiers import Network, last_layer, network_of
-from evaluate import TITLES, Task, add_protocol, evaluate_once
+from evaluate import Task, add_protocol, evaluate_once
 from figures import evaluate, randomized, smoothed
 from images import BadInputError, Images
 from networks import build
@@ -50,35 +50,53 @@ def gradients_of(network: Network, many: Images, few: Images) -> dict[str, Any]:
     return found | {"smoothed": smoothed(network.model, few), "randomized": randomized(network.model, few)}
 
 
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What is measured, and on which images."""
+    parser.add_argument("--data", default="cifar100", help="cifar10, cifar100 or a folder (%(default)s)")
+    parser.add_argument("--figures", type=positive, help="gradients of at most so many images (all)")
+    add_protocol(parser)
+
+
+def measure(folders: list[Path], options: argparse.Namespace) -> None:
+    """What is missing of these runs."""
+    images = read(options.data, 100)
+    many, few = (some(images, count) for count in (options.figures, options.limit))
+    task = Task(images.name, TensorDataset(*few.test), images.classes)
+    for folder in folders:
+        network, options.output = load(folder, images), folder
+        figures = folder / "figures.json"
+        if not figures.exists():
+            save({"torch": torch.__version__} | gradients_of(network, many, few), figures)
+        network.model.to(options.device)
+        layer = last_layer(network, few.test[0][:2].to(options.device))
+        for method in options.methods:
+            evaluate_once(network, task, layer, method, options)
+        print(f"measured {folder}")
+
+
+def save(found: dict[str, Any], path: Path) -> None:
+    """All or nothing."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(found, indent=1) + "\n")
+    partial.replace(path)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("runs", nargs="+", type=Path, help="folders of train.py")
-    parser.add_argument("--data", default="cifar100", help="cifar10, cifar100 or a folder (%(default)s)")
     parser.add_argument("--picture", type=Path, help="draw the gradients of the first two runs here, and do no more")
-    parser.add_argument("--figures", type=positive, help="gradients of at most so many images (all)")
-    add_protocol(parser)
+    add_options(parser)
     options = parser.parse_args()
     try:
-        images = read(options.data, 100)
-        networks = [load(folder, images) for folder in options.runs]
+        if options.picture:
+            images = read(options.data, 100)
+            models = [load(folder, images).model for folder in options.runs[:2]]
+            picture(*models, some(images, options.limit), options.picture)
+        else:
+            measure(options.runs, options)
     except BadInputError as reason:
         print(f"measure: {reason}", file=sys.stderr)
         sys.exit(2)
-    many, few = (some(images, count) for count in (options.figures, options.limit))
-    if options.picture:
-        picture(networks[0].model, networks[1].model, few, options.picture)
-        return
-    task = Task(images.name, TensorDataset(*few.test), images.classes)
-    for network, folder in zip(networks, options.runs, strict=True):
-        options.output = folder
-        figures = folder / "figures.json"
-        if not figures.exists():
-            figures.write_text(json.dumps(gradients_of(network, many, few), indent=1) + "\n")
-        network.model.to(options.device)
-        layer = last_layer(network, few.test[0][:2].to(options.device))
-        for method in TITLES:
-            evaluate_once(network, task, layer, method, options)
-        print(f"measured {folder}")
 
 
 if __name__ == "__main__":

@@ -86,7 +86,7 @@ def read(data: str, limit: int | None) -> Images:
     return photographs(Path(data), limit)
 
 
-def arguments() -> argparse.Namespace:
+def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--network", choices=NETWORKS, default="resnet18", help="(%(default)s)")
     parser.add_argument(
@@ -106,7 +106,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--log", type=Path, help="folder for TensorBoard's events")
     parser.add_argument("--output", type=Path, required=True, help="folder of the run")
     Setting.add_arguments(parser.add_argument_group("interpretable gradient loss"), defaults=Setting())
-    return parser.parse_args()
+    return parser.parse_args(words)
 
 
 _NO_MATTER = ("output", "log", "device")  # what may change between a run and its continuation

@@ -1,0 +1,209 @@
+"""RESULTS.md: the paper's Tables 1 to 4 beside what the runs of sweep.py gave, and which of its claims that bears out.
+
+    python examples/paper/tables.py runs --json examples/paper/results/runs.json --output examples/paper/RESULTS.md
+
+The JSON holds what the tables are made of, so that they can be made again without the runs: leave out the folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import compare
+from compare import METRICS, TITLES
+from markdown_table import markdown_table
+from runs import BEST, KINDS, name_of, network_of
+from scipy import stats
+from slides import ACCURACY, OF_ERRORS, OF_MAPS, OF_WEIGHTS, PLAIN
+from summary import COLUMNS, Stored, summarized
+
+from interpgrad.saliency import CAMS
+
+MODELS = {"resnet18": "RESNET-18", "mobilenet_v2": "MOBILENET-V2"}
+ERRORS = {"cos": "Cosine", "hi": "Histogram", "mae": "MAE", "mse": "MSE"}
+
+
+def verdict(claimed: float, found: dict[str, Any] | None) -> str:
+    """What a claimed difference became: its sign is what can be compared between networks of another size."""
+    if found is None or "difference" not in found:
+        return "missing"
+    _, low, high = found["difference"]
+    if len(found["differences"]) < 2 or low <= 0 <= high:
+        return "within the spread of seeds"
+    return "reproduced" if (low > 0) == (claimed > 0) else "not reproduced"
+
+
+MARKS = {"reproduced": " ✓", "not reproduced": " ✗", "within the spread of seeds": " ~", "missing": ""}
+
+
+class Table:
+    """One of the four: rows of the slides, rows of ours below them, and a verdict on each of their differences."""
+
+    def __init__(self, title: str, columns: list[str], stored: Stored) -> None:
+        self.title, self.stored = title, stored
+        self.headings = ["", "", *columns]
+        self.rows: list[list[str]] = []
+        self.verdicts: dict[str, Counter[str]] = {}
+
+    def add(
+        self,
+        label: str,
+        slides: tuple[float, ...],
+        base: tuple[float, ...] | None,
+        names: dict[str, str],
+        figures: list[str],
+    ) -> None:
+        """The slides' figures; those of the runs `names`, of each kind; `base`, what the slides' are compared with."""
+        self.rows.append([label, "slides", *(f"{value:.2f}" for value in slides)])
+        for kind, name in names.items():
+            cells = []
+            if name not in self.stored:
+                self.rows.append(["", KINDS.get(kind, kind), "missing", *[""] * (len(figures) - 1)])
+            for position, figure in enumerate(figures):
+                found = self.stored.get(name, {}).get(figure)
+                mark = ""
+                if base is not None and slides[position] != base[position]:
+                    outcome = verdict(slides[position] - base[position], found)
+                    self.verdicts.setdefault(kind, Counter())[outcome] += 1
+                    mark = MARKS[outcome]
+                cells.append("missing" if found is None else _cell(found) + mark)
+            if name in self.stored:
+                self.rows.append(["", KINDS.get(kind, kind), *cells])
+
+    def __str__(self) -> str:
+        lines = [f"## {self.title}", "", markdown_table(self.headings, self.rows), ""]
+        for kind, outcomes in self.verdicts.items():
+            counts = ", ".join(f"{outcomes[name]} {name}" for name in MARKS if outcomes[name])
+            lines.append(f"- {KINDS[kind]}: of {outcomes.total()} differences in the slides, {counts}.")
+        return "\n".join(lines)
+
+
+def _cell(found: dict[str, Any]) -> str:
+    spread = "" if found["deviation"] is None else f" ± {found['deviation']:.2f}"
+    if "difference" not in found:
+        return f"{found['mean']:.2f}{spread}"
+    return f"{found['mean']:.2f}{spread} ({found['difference'][0]:+.2f})"
+
+
+def four_tables(stored: Stored) -> list[Table]:
+    arrows = [METRICS[metric] for metric in COLUMNS]
+    of_cam = [f"grad_cam {metric}" for metric in COLUMNS]
+    one = Table("Table 1: accuracy", ["ACC"], stored)
+    for network, (baseline, ours) in ACCURACY.items():
+        one.add(
+            f"{MODELS[network]}, baseline", (baseline,), None, {"without": name_of(network, "without")}, ["accuracy"]
+        )
+        runs = {kind: name_of(network, kind) for kind in KINDS}
+        one.add(f"{MODELS[network]}, λ = {BEST[network]:g}", (ours,), (baseline,), runs, ["accuracy"])
+    two = Table("Table 2: interpretability metrics", arrows, stored)
+    for network, methods in OF_MAPS.items():
+        for method, (baseline, ours) in methods.items():
+            figures = [f"{method} {metric}" for metric in COLUMNS]
+            title = f"{MODELS[network]}, {TITLES[method]}"
+            two.add(f"{title}, baseline", baseline, None, {"without": name_of(network, "without")}, figures)
+            two.add(f"{title}, ours", ours, baseline, {kind: name_of(network, kind) for kind in KINDS}, figures)
+    three = Table("Table 3: error functions, ResNet-18, Grad-CAM", ["ACC", *arrows], stored)
+    three.add("Baseline", PLAIN, None, {"without": name_of("resnet18", "without")}, ["accuracy", *of_cam])
+    for error, slides in OF_ERRORS.items():
+        runs = {kind: name_of("resnet18", kind, error) for kind in ("coupled", "frozen")}
+        three.add(ERRORS[error], slides, PLAIN, runs, ["accuracy", *of_cam])
+    four = Table("Table 4: regularization coefficient, ResNet-18, Grad-CAM", ["ACC", *arrows], stored)
+    four.add("λ = 0", PLAIN, None, {"without": name_of("resnet18", "without")}, ["accuracy", *of_cam])
+    for lam, slides in OF_WEIGHTS.items():
+        runs = {kind: name_of("resnet18", kind, lam=lam) for kind in KINDS if kind != "recipe"}
+        four.add(f"λ = {lam:g}", slides, PLAIN, runs, ["accuracy", *of_cam])
+    return [one, two, three, four]
+
+
+def power(stored: Stored) -> str:
+    """Which of the slides' differences so many seeds could show, at the spread between our seeds."""
+    base = stored.get(name_of("resnet18", "without"), {})
+    claims = {"accuracy": ACCURACY["resnet18"]}
+    claims |= {
+        f"grad_cam {metric}": tuple(OF_MAPS["resnet18"]["grad_cam"][side][index] for side in (0, 1))
+        for index, metric in enumerate(COLUMNS)
+    }
+    rows = []
+    for figure, (baseline, ours) in claims.items():
+        deviation = base.get(figure, {}).get("deviation")
+        cells = [figure.replace("grad_cam", "Grad-CAM"), f"{baseline:.2f} → {ours:.2f} ({ours - baseline:+.2f})"]
+        if deviation is None:
+            rows.append([*cells, *["missing"] * 5])
+            continue
+        least = {1: float(stats.norm.ppf(0.975)) * deviation * math.sqrt(2)}
+        least |= {k: float(stats.t.ppf(0.975, 2 * k - 2)) * deviation * math.sqrt(2 / k) for k in (3, 5, 10)}
+        seen = [f"{value:.2f}{' ✓' if abs(ours - baseline) > value else ''}" for value in least.values()]
+        rows.append([*cells, f"{deviation:.2f}", *seen])
+    headings = [
+        "ResNet-18",
+        "slides, one run each",
+        "deviation between our seeds",
+        "1 seed",
+        *(f"{k} seeds" for k in (3, 5, 10)),
+    ]
+    return markdown_table(headings, rows)
+
+
+def rendered(stored: Stored) -> str:
+    tables = four_tables(stored)
+    about = next((row["about"] for row in stored.values()), None)
+    told = (
+        "No run is stored."
+        if about is None
+        else (
+            f"{len(stored)} settings, {sum(row['about']['seeds'] for row in stored.values())} runs: "
+            f"{about['options']['epochs']} epochs, batches of {about['options']['batch']}, width "
+            + ", ".join(
+                sorted({f"{row['about']['options']['width']} of {network_of(name)}" for name, row in stored.items()})
+            )
+            + "."
+        )
+    )
+    return (
+        "\n\n".join(
+            [
+                INTRODUCTION.format(told=told),
+                *map(str, tables),
+                "## What seeds could have shown\n\n" + POWER + "\n\n" + power(stored),
+            ]
+        )
+        + "\n"
+    )
+
+
+INTRODUCTION = """# The paper's experiments
+
+Made by `tables.py` from the runs of `sweep.py`; do not edit. {told}
+
+The slides' figures are of one run each. Ours: mean ± standard deviation over seeds, in brackets the mean difference to
+the network of the same seed without the loss. Marks on differences: ✓ reproduced (the 95% interval, over seeds and
+images, excludes 0 and the sign is the slides'), ✗ not reproduced (it excludes 0 on the other side), ~ within the
+spread of seeds. What was not run is missing. Networks, images and lengths of training smaller than the paper's change
+the figures themselves: compare signs and sizes of differences, not levels."""
+
+POWER = """Two single runs, as in the slides, differ by chance: by more than the value under "1 seed" in one of twenty
+comparisons, at the deviation between our seeds. With k seeds of each, the smallest difference that a t-test at 5%
+finds; ✓ where the slides' is larger."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("runs", type=Path, nargs="?", help="folder of the runs (what the JSON holds)")
+    parser.add_argument("--json", type=Path, required=True, help="what the tables are made of")
+    parser.add_argument("--output", type=Path, required=True, help="RESULTS.md")
+    options = parser.parse_args()
+    if options.runs:
+        stored = summarized(compare.read(options.runs, list(CAMS)))
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(stored, ensure_ascii=False).replace('}, "', '},\n"') + "\n")
+    options.output.write_text(rendered(json.loads(options.json.read_text())))
+    print(f"wrote {options.output}")
+
+
+if __name__ == "__main__":
+    main()
