@@ -107,7 +107,7 @@ def check(
                 findings.append(finding)
     except (TypeError, ValueError, RuntimeError) as error:
         findings.append(Finding("error", "the loss", str(error)))
-    return Report(type(unwrap(model)).__name__, findings)
+    return Report(type(unwrap(model)).__name__, tuple(findings))
 
 
 def _findings(
