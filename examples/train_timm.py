@@ -3,7 +3,7 @@
     python examples/train_timm.py DATA --model resnet18 --num-classes 10
     torchrun --nproc-per-node 8 examples/train_timm.py DATA --model resnet50 --amp bfloat16 --channels-last --mixup 0.2
 
-For any release of timm; with one that has timm.task, its own train.py needs two changed lines instead, which
+For any release of timm; from 1.0.27 on, its own train.py needs two changed lines instead, which
 interpgrad/integrations/timm.py shows.
 
 DATA holds train/ and val/ (or validation/, test/), one folder of images per class. Every epoch seeds its random numbers

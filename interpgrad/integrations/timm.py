@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from interpgrad.loss import InterpretableGradientLoss
 
 try:
-    from timm.task import ClassificationTask
+    from timm.task import ClassificationTask, resume_task_checkpoint  # noqa: F401  # the second is what 1.0.27 brought
 except ImportError as reason:
     raise ImportError(
-        "expected timm with timm.task, found an older release or none: `pip install -U timm`, or add the loss to your "
-        "loop as examples/train_timm.py does."
+        "expected timm 1.0.27 or newer, whose tasks have checkpoints, found an older release or none: `pip install -U "
+        "timm`, or add the loss to your loop as examples/train_timm.py does."
     ) from reason
 
 
