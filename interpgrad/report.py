@@ -208,8 +208,7 @@ def _twice_differentiated(forward: Forward, y: Any, derivative: Any, batch_norm:
     )
     parameters = [leaf for leaf in graph.leaves(delta, until=forward.image) if leaf is not forward.image]
     if parameters:
-        with forward.inner_passes():
-            torch.autograd.grad(delta, parameters, guided.to(delta.dtype), retain_graph=True, allow_unused=True)
+        torch.autograd.grad(delta, parameters, guided.to(delta.dtype), retain_graph=True, allow_unused=True)
     return delta
 
 

@@ -167,6 +167,7 @@ def test_statistics_of_each_sample():
     found = findings(net_with(nn.InstanceNorm2d(6).double()))
     assert "1 layers of instance norm" in found["statistics of each sample"]
     assert "2 layers" in found["batch statistics"]
+    assert "running statistics" not in found
     running = net_with(nn.InstanceNorm2d(6, track_running_stats=True).double()).eval()
     assert "3 layers" in findings(running)["running statistics"]
 
