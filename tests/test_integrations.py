@@ -219,6 +219,15 @@ def test_accumulation_in_the_trainer(name, kind, tmp_path):
     assert_same_gradients(found, {each: gradient for each, gradient in expected.items() if gradient is not None})
 
 
+def test_a_compiled_model_in_the_trainer(tmp_path):
+    found = []
+    for settings in ({}, {"torch_compile": True, "torch_compile_backend": "aot_eager"}):
+        model = hugging_face_model("vit")
+        found.append(train(model, Images(4), tmp_path, InterpretableGradientLoss(model, lam=LAM), **settings)[1])
+    compiled = {name.removeprefix("_orig_mod."): gradient for name, gradient in found[1].items()}
+    assert_same_gradients(compiled, found[0])
+
+
 def test_the_naive_sum_in_the_trainer_is_another(tmp_path):
     """What the mixin is for: should Trainer divide by itself one day, this fails."""
 

@@ -53,7 +53,7 @@ MAY_IMPORT = {
         "model",
         "signals",
     },
-    "integrations": {"loss"},
+    "integrations": {"forward", "loss"},
     "saliency": {"criteria", "forward", "gradients", "guided", "model", "signals"},
     "__init__": {
         "double_backward",

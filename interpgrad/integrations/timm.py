@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from interpgrad.forward import is_compiled
 from interpgrad.loss import InterpretableGradientLoss
 
 try:
@@ -30,8 +31,8 @@ except ImportError as reason:
 class RegularizedTask(ClassificationTask):
     """`timm.task.ClassificationTask` whose loss has the interpretable gradient loss added.
 
-    DDP, averaged weights, accumulation and checkpoints, with the count of steps, are timm's. After `task.compile()` the
-    loss makes a forward pass of its own: compiled graphs have no double backward.
+    DDP, averaged weights, accumulation and checkpoints, with the count of steps, are timm's. The forward pass is
+    shared, but after `task.compile()`: a compiled graph has no double backward, so the loss makes its own.
 
     Args:
         settings: arguments of `InterpretableGradientLoss` beside the model.
@@ -46,18 +47,12 @@ class RegularizedTask(ClassificationTask):
     def __init__(self, settings: Mapping[str, Any], model: nn.Module, *arguments: Any, **named: Any) -> None:
         super().__init__(model, *arguments, **named)
         self.reg = InterpretableGradientLoss(model, **settings)
-        self._compiled = False
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:  # noqa: A002
         """As timm's: {"loss", "output"}, of images (N, C, H, W) and targets."""
-        with nullcontext() if self._compiled else self.reg.shared_forward():
+        with nullcontext() if is_compiled(self.trainable_module) else self.reg.shared_forward():
             result: dict[str, Tensor] = super().forward(input, target)
         return result | {"loss": result["loss"] + self.reg(input, target)}
-
-    def compile(self, *arguments: Any, **named: Any) -> Any:
-        """As timm's."""
-        self._compiled = True
-        return super().compile(*arguments, **named)
 
     def get_task_state(self, *arguments: Any, **named: Any) -> dict[str, Any]:
         """As timm's, and the count of steps."""

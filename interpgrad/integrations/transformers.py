@@ -14,11 +14,13 @@ would weigh as many times too much as batches are accumulated.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 
+from interpgrad.forward import is_compiled
 from interpgrad.loss import InterpretableGradientLoss
 
 
@@ -30,8 +32,9 @@ class Regularized:
     large; but not of models that accept `num_items_in_batch` and do not use it, such as ResNet, whose loss it leaves as
     many times too large. So compare with `lam=0`, not with a training without the mixin.
 
-    `reg.logs()` is logged beside the loss. In a run that is resumed, the steps of `reg` are counted on, an accumulation
-    at the end of an epoch as a whole one.
+    The forward pass is shared, but for a model under torch.compile, whose graph has no double backward: the loss then
+    makes its own. `reg.logs()` is logged beside the loss. In a run that is resumed, the steps of `reg` are counted on,
+    an accumulation at the end of an epoch as a whole one.
 
     Args:
         arguments: and
@@ -61,15 +64,15 @@ class Regularized:
             return trainer.compute_loss(model, inputs, return_outputs, **named)
         self._count_steps_of_before()
         x, y = inputs[getattr(self.reg.model, "main_input_name", "pixel_values")], inputs["labels"]
-        with self.reg.shared_forward():
+        with nullcontext() if is_compiled(model) else self.reg.shared_forward():
             loss, outputs = trainer.compute_loss(model, inputs, return_outputs=True)
         loss = loss + self.reg(x, y)
         return (loss, outputs) if return_outputs else loss
 
-    def log(self, logs: dict[str, float], *arguments: Any) -> None:
+    def log(self, logs: dict[str, float], *arguments: Any, **named: Any) -> None:
         """As Trainer's, and what the loss has to say."""
         trainer: Any = super()
-        trainer.log(logs | self.reg.logs() if "loss" in logs else logs, *arguments)
+        trainer.log(logs | self.reg.logs() if "loss" in logs else logs, *arguments, **named)
 
     def _count_steps_of_before(self) -> None:
         """At the first step of a run that is resumed."""
