@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import os
 from typing import Any
 
-from interpgrad import low_pass
+import torch
+from torch import nn
+
+import interpgrad
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,9 +33,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--start", type=int, default=0, help="steps before it; half of all is advised (%(default)s)")
     group.add_argument("--warmup", type=int, default=0, help="steps over which the weight grows from 0 (%(default)s)")
     group.add_argument("--low-pass", action="store_true", help="compare the gradients after a 3x3 mean")
+    group.add_argument("--check", action="store_true", help="say first what the loss meets in the model, or stop there")
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments of InterpretableGradientLoss beside the model."""
     names = ("error", "lam", "criterion", "batch_norm", "every", "start", "warmup")
-    return {name: getattr(args, name) for name in names} | {"transform": low_pass if args.low_pass else None}
+    return {name: getattr(args, name) for name in names} | {"transform": interpgrad.low_pass if args.low_pass else None}
+
+
+def check(model: nn.Module, size: int, args: argparse.Namespace) -> None:
+    """With --check: print what the loss meets in the model on square images of this size; stop if it cannot be used."""
+    if not args.check:
+        return
+    x = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    x = x.to(next(model.parameters()).device)
+    report = interpgrad.check(model, x, criterion=args.criterion, batch_norm=args.batch_norm)
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        print(report)
+    if not report.ok:
+        raise SystemExit(1)

@@ -92,6 +92,7 @@ def main() -> None:
     set_seed(args.seed)
     train, test = loaders(args.data, args.size, args.batch_size, args.workers)
     model = torchvision.models.get_model(args.model, weights=None, num_classes=len(train.dataset.classes))
+    loss_options.check(model, args.size, args)  # +
     optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=0.9, weight_decay=1e-4)
     model, optimizer, train, test = accelerator.prepare(model, optimizer, train, test)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer.optimizer, args.lr, args.epochs * len(train))

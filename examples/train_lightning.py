@@ -123,6 +123,7 @@ def main() -> None:
     lightning.seed_everything(args.seed, verbose=False)
     train, test = loaders(args.data, args.size, args.batch_size, args.workers)
     model = Classifier(args.model, len(train.dataset.classes), args.lr, loss_options.settings(args))
+    loss_options.check(model.model, args.size, args)  # +
     trainer = lightning.Trainer(
         max_epochs=args.epochs,
         devices=args.devices if not args.devices.isdecimal() else int(args.devices),

@@ -3,6 +3,9 @@
     python examples/train_timm.py DATA --model resnet18 --num-classes 10
     torchrun --nproc-per-node 8 examples/train_timm.py DATA --model resnet50 --amp bfloat16 --channels-last --mixup 0.2
 
+For any release of timm; from 1.0.27 on, its own train.py needs two changed lines instead, which
+interpgrad/integrations/timm.py shows.
+
 DATA holds train/ and val/ (or validation/, test/), one folder of images per class. Every epoch seeds its random numbers
 anew, and checkpoints are those of finished epochs, so a run that is resumed does what it would have done.
 """
@@ -132,6 +135,7 @@ def main() -> None:
     model = timm.create_model(args.model, num_classes=args.num_classes).to(args.device)
     if args.channels_last:
         model = model.to(memory_format=torch.channels_last)
+    loss_options.check(model, args.img_size, args)  # +
     optimizer = create_optimizer_v2(model, opt=args.opt, lr=args.lr, weight_decay=args.weight_decay, momentum=0.9)
     scaler = NativeScaler(args.device.type) if args.amp == "float16" else None
     ema = ModelEmaV3(model, decay=args.model_ema) if args.model_ema else None

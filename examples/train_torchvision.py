@@ -132,6 +132,7 @@ def main() -> None:
     seed_everything(args.seed)
     loader, test_loader, classes = load_data(args)
     model = torchvision.models.get_model(args.model, weights=None, num_classes=classes).to(args.device)
+    loss_options.check(model, args.size, args)  # +
     optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay)
     scaler = torch.amp.GradScaler(args.device.type, enabled=args.amp == "float16")
     warmup, steps = args.lr_warmup_epochs * len(loader), args.epochs * len(loader)

@@ -6,9 +6,10 @@ from types import ModuleType
 from interpgrad.double_backward import fast_double_backward
 from interpgrad.gradients import input_gradients
 from interpgrad.loss import InterpretableGradientLoss
+from interpgrad.report import check
 from interpgrad.transforms import low_pass
 
-__all__ = ["InterpretableGradientLoss", "fast_double_backward", "input_gradients", "low_pass"]
+__all__ = ["InterpretableGradientLoss", "check", "fast_double_backward", "input_gradients", "low_pass"]
 __version__ = "0.1.0"
 
 

@@ -116,7 +116,7 @@ class Recorder:
         # Inside DDP: the inner gradients must not run through its nodes, which would start the reduction.
         module = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
         _refuse_unusable(module)
-        if _is_compiled(module):
+        if is_compiled(module):
             raise RuntimeError(
                 "expected a module that runs eagerly inside shared_forward(), got one under torch.compile, whose graph "
                 "has no double backward: call the loss without shared_forward(); it runs the original module."
@@ -317,7 +317,8 @@ def _eager() -> AbstractContextManager[None]:
     return nullcontext()
 
 
-def _is_compiled(module: nn.Module) -> bool:
+def is_compiled(module: nn.Module) -> bool:
+    """Whether the module, or one in it, is under torch.compile."""
     return any(is_compiled_in_place(part) or is_compiled_wrapper(part) for part in module.modules())
 
 

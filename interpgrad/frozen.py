@@ -71,6 +71,19 @@ def batch_statistics(operations: graph.Operations) -> set[Node]:
     }
 
 
+def statistics(operations: graph.Operations) -> tuple[set[Node], set[Node], set[Node]]:
+    """The nodes that normalize with the statistics of the batch, with running ones, and with each sample's own."""
+    of_ours: Any = _of(operations, ("_BatchNorm",))
+    batch = batch_statistics(operations)
+    sample = {node for node in of_ours if not node.of_the_batch and node.kernel is not None}
+    return batch, {*_of(operations, _STOCK), *of_ours} - batch - sample, sample
+
+
+def is_apart(gradient: Tensor, until: Tensor) -> bool:
+    """Whether the gradient is differentiated in a pass of its own."""
+    return _Apart.__name__ in graph.operations(gradient, until)
+
+
 def _of(operations: graph.Operations, names: Iterable[str]) -> list[Node]:
     return [node for name in names for node in operations.get(name, ())]
 

@@ -14,6 +14,7 @@ backpropagation: neither the standard nor the double backward can see it.
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -59,15 +60,32 @@ def check_activations(activations: str) -> None:
         raise ValueError(f'expected activations="relu" or activations="all", got {activations!r}.')
 
 
+def guided_nodes(graph: Operations, activations: str) -> dict[str, list[Node]]:
+    """The nodes at which a backward pass is guided, by operation; but for those inside CopySlices nodes."""
+    nodes = {
+        name: [node for node in graph.get(name, ()) if _is_activation(name, node)] for name in FAMILIES[activations]
+    }
+    return {name: each for name, each in nodes.items() if each}
+
+
+def unguided(graph: Operations, activations: str) -> dict[str, int]:
+    """How many activations and gates of each kind are not guided: of the other family, squashing, clamps not at 0."""
+    guided = guided_nodes(graph, activations)
+    left = {name: len(graph.get(name, ())) - len(guided.get(name, ())) for name in (*FAMILIES["all"], *_OTHERS)}
+    return {name: count for name, count in left.items() if count}
+
+
 @contextmanager
-def guided_backward(graph: Operations, activations: str) -> Iterator[None]:
+def guided_backward(graph: Operations, activations: str) -> Iterator[Counter[str]]:
     """While active, a backward pass over `graph` is guided at the activations of the chosen family.
+
+    Yields the count, by kernel, of those that it meets inside CopySlices nodes, which no one knows beforehand.
 
     Raises RuntimeError on leaving if the graph has no such activation: the pass was an ordinary one. And on entering
     if it has, beside those of the family "relu", others, which would not be guided.
     """
     family = FAMILIES[activations]
-    guided = [node for name in graph.keys() & family.keys() for node in graph[name] if _is_activation(name, node)]
+    guided = [node for nodes in guided_nodes(graph, activations).values() for node in nodes]
     left = sorted(graph.keys() & SMOOTH.keys()) if activations == "relu" else []
     if left and guided:
         raise RuntimeError(
@@ -80,7 +98,7 @@ def guided_backward(graph: Operations, activations: str) -> Iterator[None]:
             hooks.callback(node.register_prehook(clamp).remove)
         inplace = graph.get("CopySlices")
         on_views = hooks.enter_context(_ClampInsideCopySlices(inplace, family)) if inplace else None
-        yield
+        yield on_views.met if on_views else Counter()
     if not clamp.met and not (on_views and on_views.met):
         raise RuntimeError(_no_activation(graph, activations))
 
@@ -149,7 +167,7 @@ class _ClampInsideCopySlices(TorchDispatchMode):  # type: ignore[no-untyped-call
     def __init__(self, copy_slices: list[Node], family: dict[str, str]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.kernels = set(family.values())
-        self.met = 0
+        self.met: Counter[str] = Counter()
         self._thread = _Thread()
         self._handles = []
         for node in copy_slices:
@@ -170,7 +188,7 @@ class _ClampInsideCopySlices(TorchDispatchMode):  # type: ignore[no-untyped-call
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
         if self._thread.inside and self._is_backward(name, args):
-            self.met += 1
+            self.met[name] += 1
             gradient = 1 if name == "where" else 0
             args = (*args[:gradient], args[gradient].clamp(min=0), *args[gradient + 1 :])
         result = func(*args, **(kwargs or {}))

@@ -2,15 +2,14 @@
 
 import gc
 import math
-import sys
 import threading
 import weakref
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from flops import count_flops
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from nets import autocast, data, seeded, small_net
@@ -21,9 +20,6 @@ from torch.utils.checkpoint import checkpoint
 
 from interpgrad import InterpretableGradientLoss, fast_double_backward
 from interpgrad.double_backward.engine import Root
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-from flops import count_flops
 
 double = {"dtype": torch.float64}
 

@@ -45,8 +45,26 @@ MAY_IMPORT = {
         "signals",
     },
     "loss": {"autocast", "criteria", "double_backward", "errors", "forward", "gradients", "guided", "model", "signals"},
+    "report": {
+        "criteria",
+        "double_backward",
+        "forward",
+        "frozen",
+        "gradients",
+        "graph",
+        "guided",
+        "model",
+        "signals",
+    },
+    "integrations": {"forward", "loss"},
     "saliency": {"criteria", "forward", "gradients", "guided", "model", "signals"},
-    "__init__": {"double_backward", "gradients", "loss", "transforms"},  # and those by name, once they are asked for
+    "__init__": {
+        "double_backward",
+        "gradients",
+        "loss",
+        "report",
+        "transforms",
+    },  # and those by name, once they are asked for
 }
 
 
@@ -77,7 +95,7 @@ def test_import_needs_torch_alone():
     """In a process where everything else that torch does not itself need is blocked."""
     blocked = [
         *("torchvision", "timm", "numpy", "scipy", "sklearn", "matplotlib", "PIL", "torchmetrics", "tqdm"),
-        *("captum", "hypothesis", "pytest"),
+        *("captum", "hypothesis", "pytest", "transformers", "lightning", "accelerate"),
     ]
     code = (
         f"import sys\nfor name in {blocked}: sys.modules[name] = None\n"

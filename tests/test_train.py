@@ -1,6 +1,8 @@
 """The training scripts, run on tiny images: resumed bit for bit, interrupted, in their options, by two processes."""
 
+import argparse
 import functools
+import importlib
 import os
 import signal
 import subprocess
@@ -12,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from torch import nn
 
 ROOT = Path(__file__).parent.parent
 
@@ -103,10 +106,24 @@ def test_a_resumed_run_is_the_uninterrupted_one(name, folder, uninterrupted, tmp
     shown, expected = uninterrupted(name)
     assert "term" in shown
     assert "cosine" in shown
-    run(name, folder, tmp_path, "--epochs", "4", "--stop-after", "2")
+    checked = run(name, folder, tmp_path, "--epochs", "4", "--stop-after", "2", "--check")
+    assert "can be used with the interpretable gradient loss:\nnote   activations: guided at" in checked
     halfway = weights(name, tmp_path)
     assert any(not torch.equal(value, expected[key]) for key, value in halfway.items())
     assert_resumed_is(expected, name, folder, tmp_path)
+
+
+def test_a_model_that_fails_the_check_is_not_trained(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    loss_options = importlib.import_module("loss_options")
+    parser = argparse.ArgumentParser()
+    loss_options.add_arguments(parser)
+    linear = nn.Sequential(nn.Flatten(), nn.Linear(48, 2))
+    loss_options.check(linear, 4, parser.parse_args([]))
+    assert not capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        loss_options.check(linear, 4, parser.parse_args(["--check"]))
+    assert "error  the loss: expected at least one activation" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", COMMON)

@@ -14,8 +14,8 @@ from interpgrad.double_backward.engine import apply_each
 aten = torch.ops.aten
 
 
-class _Hardsigmoid(Function):
-    """y = clamp(x / 6 + 1 / 2, 0, 1)."""
+class Hardsigmoid(Function):
+    """y = clamp(x / 6 + 1 / 2, 0, 1). Named as stock's node is, by which the graph is read."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, inplace: bool) -> Tensor:
@@ -47,7 +47,7 @@ class _HardsigmoidBackward(Function):
 
 def _hardsigmoid(input: Tensor, inplace: bool = False) -> Any:
     """The replacement of F.hardsigmoid, with its signature."""
-    return _Hardsigmoid.apply(input, inplace)
+    return Hardsigmoid.apply(input, inplace)
 
 
 REPLACEMENTS = {F.hardsigmoid: _hardsigmoid}

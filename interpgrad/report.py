@@ -1,0 +1,233 @@
+"""What the loss meets in a model, told before a training begins."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from interpgrad import frozen, graph
+from interpgrad.criteria import Criterion, derivative_of
+from interpgrad.double_backward import attention
+from interpgrad.forward import Forward, check_batch, forward_without_trace, is_compiled
+from interpgrad.gradients import check_batch_norm, gradient_pair
+from interpgrad.guided import check_activations, guided_backward, guided_nodes, unguided
+from interpgrad.model import alone_with, class_logits, unwrap
+from interpgrad.signals import uninterrupted
+
+_KNOWN = ("interpgrad", "torch")  # whose autograd Functions are no finding
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing met in a model.
+
+    Attributes:
+        severity: "error", the loss cannot be used on the model as it is, or "note".
+        subject: what it is about, for instance "activations".
+        message: what was met, and what to do about it.
+    """
+
+    severity: str
+    subject: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.severity:5}  {self.subject}: {self.message}"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `interpgrad.check` found in a model. `print(report)` has a line for each finding."""
+
+    model: str
+    findings: Sequence[Finding]
+
+    @property
+    def ok(self) -> bool:
+        """Whether the loss can be used on it."""
+        return all(finding.severity != "error" for finding in self.findings)
+
+    def __str__(self) -> str:
+        verdict = "can be used" if self.ok else "cannot be used as it is"
+        return "\n".join([f"{self.model} {verdict} with the interpretable gradient loss:", *map(str, self.findings)])
+
+
+@uninterrupted
+def check(
+    model: nn.Module,
+    x: Tensor,
+    y: Any = None,
+    *,
+    criterion: Criterion | str = "log_prob",
+    batch_norm: str = "frozen",
+    activations: str = "all",
+) -> Report:
+    """What the loss meets in a model: whether it can be used, what is guided and what is not, what a step costs.
+
+    The loss is tried: one forward pass as it makes it, both gradients, and the derivative of the first in the
+    parameters. So the report says of this model, in this mode and precision, what a training would meet. Nothing is
+    left behind, as by `interpgrad.input_gradients`. An error ends the check: once it is mended, another may come.
+
+    Args:
+        model: any module taking `x` first, in the mode it is trained in.
+        x: images of the kind it is trained on, (N, C, H, W); a few are enough.
+        y: their targets; None means the predicted classes.
+        criterion: as of the loss, and so are
+        batch_norm: and
+        activations: which decide what is met.
+
+    Returns:
+        A report: `.ok`, `.findings`, and a text of one line for each. What the loss would raise is a finding.
+
+    Raises:
+        TypeError, ValueError: x is no floating point tensor, is empty, or does not match y in size; an unknown name.
+        RuntimeError: under `torch.inference_mode()`.
+
+    >>> model = nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 3))
+    >>> report = check(model, torch.randn(2, 3, 2, 2))
+    >>> report.ok
+    True
+    >>> print(report.findings[0])
+    note   activations: guided at Relu x1. Nothing to do.
+    """
+    check_batch(x, y)
+    check_activations(activations)
+    check_batch_norm(batch_norm)
+    derivative = derivative_of(criterion)
+    findings = []
+    try:
+        with alone_with(model), torch.enable_grad():
+            for finding in _findings(model, x, y, derivative, batch_norm, activations):
+                findings.append(finding)
+    except (TypeError, ValueError, RuntimeError) as error:
+        findings.append(Finding("error", "the loss", str(error)))
+    return Report(type(unwrap(model)).__name__, tuple(findings))
+
+
+def _findings(
+    model: nn.Module, x: Tensor, y: Any, derivative: Any, batch_norm: str, activations: str
+) -> Iterator[Finding]:
+    """One after the other, on the way that the loss goes."""
+    if is_compiled(model):
+        yield _note(
+            "torch.compile",
+            "compiled graphs have no double backward. Call the loss without shared_forward(): it makes a forward pass "
+            "of its own on the original module.",
+        )
+    with _AttentionCalls() as attends:
+        forward = forward_without_trace(model, x, batch_norm=batch_norm)
+    operations = graph.operations(forward.logits, until=forward.image)
+    yield from _about_activations(operations, activations)
+    yield from _about_functions(operations)
+    yield from _about_statistics(operations, batch_norm)
+    if attends.calls:
+        yield _note(
+            "attention",
+            f"{_list(attends.calls)} on the math kernel, since fused ones have no double backward: the same values, "
+            "and memory for the attention weights. Where that is short, use smaller batches or images.",
+        )
+    if forward.recomputes:
+        yield _note(
+            "checkpointing",
+            "checkpointed layers run again in every backward pass, three times instead of once. Checkpoint no more "
+            "than the memory asks for.",
+        )
+    delta = _twice_differentiated(forward, y, derivative, batch_norm, activations)
+    yield from _about_views(forward, operations, activations)
+    yield _about_cost(delta, forward.image)
+
+
+def _about_activations(operations: graph.Operations, activations: str) -> Iterator[Finding]:
+    guided = {name: len(nodes) for name, nodes in guided_nodes(operations, activations).items()}
+    if guided:
+        yield _note("activations", f"guided at {_list(guided)}. Nothing to do.")
+    left = unguided(operations, activations)
+    if left:
+        yield _note(
+            "activations left alone",
+            f"{_list(left)}, not guided: gates, and what squashes. Replace those that are the network's activations.",
+        )
+
+
+def _about_functions(operations: graph.Operations) -> Iterator[Finding]:
+    """The user's own autograd Functions: activations inside are seen by nobody."""
+    classes: list[Any] = [getattr(node, "_forward_cls", None) for nodes in operations.values() for node in nodes]
+    own = Counter(each.__name__ for each in classes if each and each.__module__.split(".")[0] not in _KNOWN)
+    if own:
+        yield _note(
+            "autograd Functions",
+            f"{_list(own)}. Their backward must be differentiable, and an activation inside is not guided: write it in "
+            "operations of torch if there is one.",
+        )
+
+
+def _about_statistics(operations: graph.Operations, batch_norm: str) -> Iterator[Finding]:
+    batch, running, sample = (len(nodes) for nodes in frozen.statistics(operations))
+    if batch:
+        held = "constants" if batch_norm == "frozen" else "functions of the batch, which inference does not see"
+        remedy = "Nothing to do" if batch_norm == "frozen" else 'Prefer batch_norm="frozen"'
+        yield _note("batch statistics", f"{batch} layers, {held} in both gradients. {remedy}.")
+    if running:
+        yield _note(
+            "running statistics",
+            f"{running} layers, in evaluation mode. Call model.train() first, if that is how they are trained.",
+        )
+    if sample:
+        yield _note("statistics of each sample", f"{sample} layers of instance norm, differentiated. Nothing to do.")
+
+
+def _about_views(forward: Forward, operations: graph.Operations, activations: str) -> Iterator[Finding]:
+    """Activations in place on slices or views, which no one knows before a backward pass has met them."""
+    logits = forward.logits
+    with forward.inner_passes(create_graph=False), guided_backward(operations, activations) as met:
+        torch.autograd.grad(logits, forward.image, torch.ones_like(logits), retain_graph=True)
+    if met:
+        yield _note("activations in place", f"guided at {_list(met)}, on slices or views. Nothing to do.")
+
+
+def _about_cost(delta: Tensor, image: Tensor) -> Finding:
+    passes, why = (9, " (batch norm meets smooth activations or gates)") if frozen.is_apart(delta, image) else (7, "")
+    return _note(
+        "cost",
+        f"a step with shared_forward() is about {passes} forward passes' worth of operations, a plain one 3: "
+        f"{passes / 3:.2f} times as much{why}. every=4 asks for it at one of four steps.",
+    )
+
+
+def _twice_differentiated(forward: Forward, y: Any, derivative: Any, batch_norm: str, activations: str) -> Tensor:
+    """Delta, whose derivative in the parameters has been taken, as backpropagation of the loss takes it."""
+    y = class_logits(forward.logits.detach()).argmax(1) if y is None else y
+    delta, guided = gradient_pair(
+        forward, y, derivative=derivative, batch_norm=batch_norm, activations=activations, create_graph=True
+    )
+    parameters = [leaf for leaf in graph.leaves(delta, until=forward.image) if leaf is not forward.image]
+    if parameters:
+        torch.autograd.grad(delta, parameters, guided.to(delta.dtype), retain_graph=True, allow_unused=True)
+    return delta
+
+
+class _AttentionCalls(TorchFunctionMode):
+    """Counts calls of those functions below which the kernel is selected."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in attention.FUNCTIONS:
+            self.calls[func.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def _note(subject: str, message: str) -> Finding:
+    return Finding("note", subject, message)
+
+
+def _list(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} x{count}" for name, count in counts.items())
