@@ -152,7 +152,7 @@ def attempts(stored: dict[str, Any]) -> str:
     return paired_table(rows, "without")
 
 
-# The assumptions of docs/explanation/scaling.md: training speed of one GPU, images of each, and what it can send and receive.
+# The assumptions of docs/explanation/scaling.md: training speed of a GPU, images of each, what it sends and receives.
 IMAGES_PER_SECOND, IMAGES = 2500, 128
 GPUS = {8: (200e9, 20e-6), 64: (25e9, 50e-6)}  # bytes per second, seconds per collective
 

@@ -1,4 +1,4 @@
-"""The documentation: its code runs, its site builds strictly and reads nothing from the internet, its lists are whole."""
+"""The documentation: its code runs, the site builds strictly and loads nothing from elsewhere, lists are whole."""
 
 import ast
 import importlib.util
@@ -68,7 +68,7 @@ def somewhere(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("page", [page for page in PAGES if code_blocks(page)])
 def test_code_of_the_page_runs(page, somewhere):
-    """Every Python block, one after the other, in one namespace. Skipped if a package is not installed, and only then."""
+    """Every Python block, one after the other, in one namespace. Skipped only if a package is not installed."""
     blocks = code_blocks(page)
     missing = absent(blocks)
     if missing:
