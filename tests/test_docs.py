@@ -119,7 +119,8 @@ def site(tmp_path_factory):
     """The built site, with unexecuted notebooks."""
     pytest.importorskip("mkdocs")
     target = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(target)]
+    # Not --quiet: strict would not hear the warnings.
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(target)]
     environment = os.environ | {"DOCS_EXECUTE": "false", "NO_MKDOCS_2_WARNING": "true"}
     built = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert built.returncode == 0, built.stdout + built.stderr
