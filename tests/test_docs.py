@@ -138,6 +138,21 @@ def test_site_reads_nothing_from_elsewhere(site):
             assert not re.search(r"""(?:src|href)=["']?(?:https?:)?//""", tag), f"{path}: {tag}"
 
 
+def test_links_of_the_site_lead_somewhere(site):
+    """Those of notebooks too, which the strict build does not look at."""
+    identifiers = {path: set(re.findall(r'\bid="([^"]+)"', path.read_text())) for path in site.rglob("*.html")}
+    for path in identifiers.keys() - {site / "404.html"}:  # whose links begin at the host
+        for link in re.findall(r'<a\b[^>]*?href="([^"]+)"', path.read_text()):
+            if re.match(r"[a-z]+:", link):
+                continue
+            to, _, anchor = link.partition("#")
+            target = (path.parent / to).resolve() if to else path
+            target = target / "index.html" if target.is_dir() else target
+            assert target.exists(), f"{path}: {link}"
+            if anchor and not anchor.startswith("__"):
+                assert anchor in identifiers[target], f"{path}: {link}"
+
+
 # Functions of Python's attribute protocol have a message of its own.
 PROTOCOL = "module … has no attribute …"
 
