@@ -1,22 +1,12 @@
-"""What mkdocs does besides: pictures of the examples without a second copy, and links from notebooks."""
+"""What mkdocs does besides: links from notebooks."""
 
 import posixpath
 import re
-from pathlib import Path
 from typing import Any
 
-from mkdocs.structure.files import File, Files
+from mkdocs.structure.files import Files
 from mkdocs.structure.pages import Page
 from mkdocs.utils import get_relative_url
-
-EXAMPLES = Path(__file__).parent.parent / "examples"
-
-
-def on_files(files: Files, config: Any) -> Files:
-    """Add examples/*.png as images/*.png."""
-    for path in sorted(EXAMPLES.glob("*.png")):
-        files.append(File.generated(config, f"images/{path.name}", abs_src_path=str(path)))
-    return files
 
 
 def on_page_content(html: str, page: Page, files: Files, **_: Any) -> str:

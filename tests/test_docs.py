@@ -139,10 +139,10 @@ def test_site_reads_nothing_from_elsewhere(site):
 
 
 def test_links_of_the_site_lead_somewhere(site):
-    """Those of notebooks too, which the strict build does not look at."""
+    """Those of notebooks and of HTML too, which the strict build does not look at."""
     identifiers = {path: set(re.findall(r'\bid="([^"]+)"', path.read_text())) for path in site.rglob("*.html")}
     for path in identifiers.keys() - {site / "404.html"}:  # whose links begin at the host
-        for link in re.findall(r'<a\b[^>]*?href="([^"]+)"', path.read_text()):
+        for link in re.findall(r'<(?:a|img)\b[^>]*?(?:href|src)="([^"]+)"', path.read_text()):
             if re.match(r"[a-z]+:", link):
                 continue
             to, _, anchor = link.partition("#")
