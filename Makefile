@@ -30,7 +30,7 @@ lint: $(VENV)/.dev
 	$(RUN) -m mypy
 
 docs: $(VENV)/.docs
-	$(RUN) -m mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict $(ARGS)
 
 dist: $(VENV)/.dev
 	rm -rf dist
@@ -57,4 +57,4 @@ $(VENV):
 	$(PYTHON) -m venv $(VENV)
 
 clean:
-	rm -rf .venv .venv-* .verify build dist *.egg-info
+	rm -rf .venv .venv-* .verify build dist site *.egg-info

@@ -1,4 +1,4 @@
-"""What docs/scaling.md reckons with: counted operations, peak memory, and what two ranks send each other in a step.
+"""What docs/explanation/scaling.md reckons with: operations, peak memory, what two ranks send each other in a step.
 
     python benchmarks/scaling.py --json benchmarks/results/scaling.json
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 def cos(delta: Tensor, guided: Tensor) -> Tensor:
-    """1 - <delta, guided> / (||delta||_2 ||guided||_2), in [0, 2].
+    """`1 - <delta, guided> / (||delta||_2 ||guided||_2)`, in [0, 2].
 
     Scale-free: neither argument's magnitude matters, down to the smallest normal number of the dtype. A
     sample of which either argument is zero (or subnormal) has error 1 and gradient 0.
@@ -30,7 +30,7 @@ def cos(delta: Tensor, guided: Tensor) -> Tensor:
 
 
 def mae(delta: Tensor, guided: Tensor) -> Tensor:
-    """||delta - guided||_1 / m.
+    """`||delta - guided||_1 / m`.
 
     >>> mae(torch.tensor([[3.0, 4.0]]), torch.tensor([[4.0, 2.0]]))
     tensor([1.5000])
@@ -39,7 +39,7 @@ def mae(delta: Tensor, guided: Tensor) -> Tensor:
 
 
 def mse(delta: Tensor, guided: Tensor) -> Tensor:
-    """||delta - guided||_2^2 / m.
+    """`||delta - guided||_2^2 / m`.
 
     >>> mse(torch.tensor([[3.0, 4.0]]), torch.tensor([[4.0, 2.0]]))
     tensor([2.5000])
@@ -48,7 +48,7 @@ def mse(delta: Tensor, guided: Tensor) -> Tensor:
 
 
 def hi(delta: Tensor, guided: Tensor) -> Tensor:
-    """Histogram intersection, -sum_i min(|delta_i|, |guided_i|) / (||delta||_1 ||guided||_1), at most 0.
+    """Histogram intersection, `-sum_i min(|delta_i|, |guided_i|) / (||delta||_1 ||guided||_1)`, at most 0.
 
     Not scale-free: it grows without bound as the gradients vanish, as printed in the paper. A sample of
     which either argument's squared norm underflows (below 1e-19 in single precision) has error 0 and

@@ -108,7 +108,7 @@ def test_a_tiny_evaluation(tmp_path):
 
 @pytest.mark.skipif(not hasattr(torch.distributed.fsdp, "fully_shard"), reason="FSDP2 is not public in this torch")
 def test_what_the_loss_sends(tmp_path):
-    """As docs/scaling.md says: with a shared forward no more than a plain step, and no later."""
+    """As docs/explanation/scaling.md says: with a shared forward no more than a plain step, and no later."""
     result = run("--model", "resnet18", "--size", 32, "--json", "s.json", cwd=tmp_path, script="scaling.py")
     assert result.returncode == 0, result.stderr
     rows = json.loads((tmp_path / "s.json").read_text())["rows"]

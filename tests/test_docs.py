@@ -1,0 +1,204 @@
+"""The documentation: its code runs, the site builds strictly and loads nothing from elsewhere, lists are whole."""
+
+import ast
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+from PIL import Image
+
+from interpgrad import graph
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+PAGES = ["README.md", *sorted(str(path.relative_to(ROOT)) for path in DOCS.rglob("*.md"))]
+NOTEBOOKS = {
+    "first-training": "count, held_out, epochs = 128, 32, 1",
+    "evaluation": "count, held_out, epochs, examined = 128, 32, 1, 8",
+}
+PREAMBLE = """
+import torch, torch.nn.functional as F
+from torch import nn
+model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 4))
+x, y = torch.randn(5, 3, 8, 8), torch.randint(4, (5,))
+"""
+
+
+def code_blocks(page):
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+
+
+def absent(blocks):
+    """What these blocks import that is not installed."""
+    names = set()
+    for node in ast.walk(ast.parse("\n".join(blocks))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module)
+    needed = {name.partition(".")[0] for name in names}
+    needed |= {"tensorboard"} if "torch.utils.tensorboard" in names else set()
+    return sorted(name for name in needed if importlib.util.find_spec(name) is None)
+
+
+@pytest.fixture
+def somewhere(tmp_path, monkeypatch):
+    """A working directory with photographs, where one process is a process group and no logger calls home."""
+    for name in ("cat", "dog"):
+        (tmp_path / "photos" / "train" / name).mkdir(parents=True)
+        for index in range(3):
+            Image.new("RGB", (70, 60), (80 * index, 90, 100)).save(
+                tmp_path / "photos" / "train" / name / f"{index}.png"
+            )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
+        monkeypatch.setenv(name, value)
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if code_blocks(page)])
+def test_code_of_the_page_runs(page, somewhere):
+    """Every Python block, one after the other, in one namespace. Skipped only if a package is not installed."""
+    blocks = code_blocks(page)
+    missing = absent(blocks)
+    if missing:
+        pytest.skip(f"needs {', '.join(missing)}")
+    namespace = {"__name__": "page"}
+    exec(PREAMBLE, namespace)
+    for index, block in enumerate(blocks):
+        exec(compile(block, f"{page}, block {index}", "exec"), namespace)
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_notebook_runs(name, monkeypatch, capsys):
+    """Its cells, with fewer images and epochs in the cell that is there to be changed."""
+    pytest.importorskip("sklearn")
+    pytest.importorskip("IPython")
+    monkeypatch.chdir(DOCS / "tutorials")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    cells = json.loads(Path(f"{name}.ipynb").read_text())["cells"]
+    codes = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert all(not cell["outputs"] for cell in codes), "outputs are made when the site is built: clear them"
+    assert sum("parameters" in cell["metadata"].get("tags", []) for cell in codes) == 1
+    namespace = {"__name__": "notebook"}
+    for index, cell in enumerate(codes):
+        small = "parameters" in cell["metadata"].get("tags", [])
+        source = NOTEBOOKS[name] if small else "".join(cell["source"])
+        exec(compile(source, f"{name}, cell {index}", "exec"), namespace)
+
+
+def test_every_notebook_is_run():
+    assert {path.stem for path in DOCS.rglob("*.ipynb")} == NOTEBOOKS.keys()
+
+
+def test_readme_is_short():
+    """At most 900 words: all there are outside of code blocks, tables included."""
+    text = re.sub(r"```.*?```|<!--.*?-->|<img.*?>", "", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    words = re.findall(r"\w+", re.sub(r"\]\([^)]*\)", "]", text))  # not the addresses of links
+    assert 300 < len(words) <= 900
+
+
+def test_links_of_the_readme_lead_somewhere():
+    text = (ROOT / "README.md").read_text()
+    for target in re.findall(r"\]\(([^)#]+)", text) + re.findall(r'src="([^"]+)', text):
+        assert target.startswith("https://") or (ROOT / target).exists(), target
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The built site, with unexecuted notebooks."""
+    pytest.importorskip("mkdocs")
+    target = tmp_path_factory.mktemp("site")
+    # Not --quiet: strict would not hear the warnings.
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(target)]
+    environment = os.environ | {"DOCS_EXECUTE": "false", "NO_MKDOCS_2_WARNING": "true"}
+    built = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    assert built.returncode == 0, built.stdout + built.stderr
+    return target
+
+
+def test_site_reads_nothing_from_elsewhere(site):
+    """No font, script, style or picture of another host: links are all that leads away."""
+    pages = sorted(site.rglob("*.html"))
+    assert len(pages) > 25
+    for path in pages:
+        for tag in re.findall(r"<(?:script|link|img|iframe|source)\b[^>]*>", path.read_text()):
+            if re.search(r'rel="(canonical|prev|next|edit)"', tag):
+                continue
+            assert not re.search(r"""(?:src|href)=["']?(?:https?:)?//""", tag), f"{path}: {tag}"
+
+
+def test_links_of_the_site_lead_somewhere(site):
+    """Those of notebooks and of HTML too, which the strict build does not look at."""
+    identifiers = {path: set(re.findall(r'\bid="([^"]+)"', path.read_text())) for path in site.rglob("*.html")}
+    for path in identifiers.keys() - {site / "404.html"}:  # whose links begin at the host
+        for link in re.findall(r'<(?:a|img)\b[^>]*?(?:href|src)="([^"]+)"', path.read_text()):
+            if re.match(r"[a-z]+:", link):
+                continue
+            to, _, anchor = link.partition("#")
+            target = (path.parent / to).resolve() if to else path
+            target = target / "index.html" if target.is_dir() else target
+            assert target.exists(), f"{path}: {link}"
+            if anchor and not anchor.startswith("__"):
+                assert anchor in identifiers[target], f"{path}: {link}"
+
+
+# Functions of Python's attribute protocol have a message of its own.
+PROTOCOL = "module … has no attribute …"
+
+
+def template(node):
+    """The text of a string literal, … for what is put in; None of other nodes."""
+    if isinstance(node, ast.Constant):
+        return node.value if isinstance(node.value, str) else None
+    if isinstance(node, ast.JoinedStr):
+        return "".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values)
+    return None
+
+
+def messages():
+    """The templates of all error messages of the package, found where exceptions are made and texts begin like one."""
+    found = {}
+    for path in sorted((ROOT / "interpgrad").rglob("*.py")):
+        inside = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                inside.update(map(id, node.values))
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id.endswith("Error"):
+                for argument in node.args[:1]:
+                    if template(argument):
+                        found[template(argument)] = f"{path.name}:{node.lineno}"
+            text = None if id(node) in inside else template(node)
+            if text and text.startswith("expected "):
+                found[text] = f"{path.name}:{node.lineno}"
+    return {text: place for text, place in found.items() if text != PROTOCOL}
+
+
+def headings():
+    return re.findall(r"^### (.*)$", (DOCS / "troubleshooting.md").read_text(), re.MULTILINE)
+
+
+def test_every_error_message_has_a_heading():
+    """Its beginning, as far as a received value; and no heading is left of a message that is gone."""
+    known, met = headings(), set()
+    assert len(known) == len(set(known)) > 50
+    for message, place in messages().items():
+        matching = [heading for heading in known if re.match(re.escape(heading) + r"(?!\w)", message)]
+        assert matching, f"{place}: add to docs/troubleshooting.md a heading that begins {message!r}"
+        met.add(max(matching, key=len))
+    assert met == set(known), "no message begins so any more"
+
+
+def test_every_opaque_node_is_explained():
+    text = (DOCS / "troubleshooting.md").read_text()
+    assert [name for name in graph._OPAQUE if f"`{name}`" not in text] == []
