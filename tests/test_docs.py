@@ -93,7 +93,7 @@ def test_notebook_runs(name, monkeypatch, capsys):
     namespace = {"__name__": "notebook"}
     for index, cell in enumerate(codes):
         small = "parameters" in cell["metadata"].get("tags", [])
-        source = NOTEBOOKS[name] if small else "".join(cell["source"])
+        source = NOTEBOOKS[name] if small else "".join(cell["source"]).removeprefix("%matplotlib inline\n")
         exec(compile(source, f"{name}, cell {index}", "exec"), namespace)
 
 
