@@ -11,6 +11,7 @@ ratio to a plain one. Interrupted and started again, it runs what is missing.
 from __future__ import annotations
 
 import argparse
+import copy
 import inspect
 import json
 import re
@@ -80,7 +81,7 @@ def build(family: str, name: str, size: int) -> nn.Module:
     torch.manual_seed(0)
     if family.startswith("torchvision"):
         accepted = inspect.signature(torchvision.models.get_model_builder(name)).parameters
-        options = {"image_size": size} if "vit" in name else {}
+        options = {"image_size": size} if "image_size" in accepted or name.startswith("vit_") else {}
         options |= {"init_weights": False} if "init_weights" in accepted else {}
         model = torchvision.models.get_model(name, num_classes=10, **options)
     else:
@@ -171,13 +172,12 @@ def measure(family: str, name: str) -> dict[str, Any]:
     x, y = torch.randn(4, 3, size, size), torch.tensor([3, 7, 1, 8])
     result = {"model": name, "size": size, "activations": activations(model, x), "ratio": counted_ratio(model, x, y)}
     model, x = model.double(), x.double()
-    state = {name: value.clone() for name, value in model.state_dict().items()}
+    stock = copy.deepcopy(model)
     settings = {"criterion": "cross_entropy", "batch_norm": "coupled"}
     penalty = InterpretableGradientLoss(model, lam=1.0, **settings)(x, y)
     ours = parameter_gradients(penalty, model)
     delta, guided = input_gradients(model, x, y, **settings)
-    model.load_state_dict(state)
-    expected = by_stock(model, x, y)
+    expected = by_stock(stock, x, y)
     result["delta"], result["guided"] = difference([delta], [expected[0]]), difference([guided], [expected[1]])
     result["penalty"] = difference(ours, expected[2])
     return result
@@ -190,10 +190,11 @@ def main() -> None:
     options = parser.parse_args()
     stored = json.loads(options.json.read_text()) if options.json.exists() else {"results": {}}
     stored |= {"torch": torch.__version__, "torchvision": torchvision.__version__, "timm": timm.__version__}
+    stored.setdefault("families", families())
     todo = {
         family: name
-        for family, name in families().items()
-        if family not in stored["results"] and (not options.families or family in options.families)
+        for family, name in stored["families"].items()
+        if "ratio" not in stored["results"].get(family, {}) and (not options.families or family in options.families)
     }
     for family, name in tqdm(todo.items(), desc="families"):
         try:
