@@ -1,16 +1,20 @@
-# The two commands of the README. Each makes .venv when it is missing and installs what it needs.
+# The commands of the README. Each makes .venv when it is missing and installs what it needs.
 
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-oldest lint clean
 
 demo: $(VENV)/.examples
 	$(RUN) examples/quickstart.py $(ARGS)
 
 test: $(VENV)/.test
 	$(RUN) -m pytest $(ARGS)
+
+# With the lowest torch of pyproject.toml, in an environment of its own.
+test-oldest: $(VENV)-oldest/.test
+	$(VENV)-oldest/bin/python -m pytest $(ARGS)
 
 lint: $(VENV)/.dev
 	$(RUN) -m ruff check .
@@ -22,8 +26,12 @@ $(VENV)/.%: pyproject.toml | $(VENV)
 	$(RUN) -m pip install --quiet --editable ".[$*]"
 	touch $@
 
-$(VENV):
-	$(PYTHON) -m venv $(VENV)
+$(VENV)-oldest/.test: pyproject.toml tests/oldest.txt | $(VENV)-oldest
+	$(VENV)-oldest/bin/python -m pip install --quiet --constraint tests/oldest.txt --editable ".[test]"
+	touch $@
+
+$(VENV) $(VENV)-oldest:
+	$(PYTHON) -m venv $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(VENV)-oldest build dist *.egg-info

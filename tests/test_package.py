@@ -101,8 +101,17 @@ def test_wheel(tmp_path):
     assert "interpgrad/py.typed" in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
     required = [line for line in metadata.splitlines() if line.startswith("Requires-Dist") and "extra ==" not in line]
-    assert required == ["Requires-Dist: torch>=2.4"]
+    assert required == ["Requires-Dist: torch>=2.6"]
     assert "Requires-Python: >=3.10" in metadata
+
+
+def test_the_oldest_environment_has_the_lowest_releases():
+    project, pins = (ROOT / "pyproject.toml").read_text(), (ROOT / "tests" / "oldest.txt").read_text()
+    for name in ("torch", "torchvision"):
+        (lowest,) = re.findall(rf'"{name}>=([\d.]+)"', project)
+        assert f"{name}=={lowest}.0\n" in pins
+    (lowest,) = re.findall(r"torch >= ([\d.]+)", (ROOT / "README.md").read_text())
+    assert f"torch=={lowest}.0\n" in pins
 
 
 def test_versions_agree():
