@@ -8,7 +8,6 @@ PYTHON ?= python3
 TORCH ?=
 VENV := .venv$(if $(TORCH),-$(subst *,x,$(TORCH)))
 RUN := $(VENV)/bin/python
-OLDEST := $(shell sed -n 's/^dependencies = \["torch>=\([0-9.]*\)".*/\1/p' pyproject.toml)
 
 .PHONY: demo test test-cuda test-oldest lint docs dist verify clean
 
@@ -21,8 +20,9 @@ test: $(VENV)/.test
 test-cuda: $(VENV)/.test
 	$(RUN) -m pytest --device cuda $(ARGS)
 
-test-oldest:
-	$(MAKE) test TORCH='$(OLDEST).*'
+# With the lowest torch of pyproject.toml, in an environment of its own.
+test-oldest: $(VENV)-oldest/.test
+	$(VENV)-oldest/bin/python -m pytest $(ARGS)
 
 lint: $(VENV)/.dev
 	$(RUN) -m ruff check .
@@ -53,8 +53,12 @@ else
 endif
 	touch $@
 
-$(VENV):
-	$(PYTHON) -m venv $(VENV)
+$(VENV)-oldest/.test: pyproject.toml tests/oldest.txt | $(VENV)-oldest
+	$(VENV)-oldest/bin/python -m pip install --quiet --constraint tests/oldest.txt --editable ".[test]"
+	touch $@
+
+$(VENV) $(VENV)-oldest:
+	$(PYTHON) -m venv $@
 
 clean:
 	rm -rf .venv .venv-* .verify build dist site *.egg-info

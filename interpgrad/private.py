@@ -6,14 +6,17 @@ tests/test_private.py asks for each of them.
 
 from __future__ import annotations
 
+import inspect
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 from torch.overrides import _get_current_function_mode_stack
+from torch.utils import checkpoint as checkpointing
 
 
 def will_run(node: Node) -> bool:
@@ -50,25 +53,42 @@ def inputs_of(node: Node) -> int:
     return len(getattr(node, "_input_metadata", ()))
 
 
-def saved_tensor_hooks() -> tuple[Callable[[Any], Any], Any] | None:
-    """The hooks that intercept saved tensors here: `_top_saved_tensors_default_hooks`, torch 2.8 to 2.14.
+def checkpoint_under_way() -> Any:
+    """What non-reentrant checkpointing keeps of the layer it runs here, with its `recompute_fn`; None outside of it.
 
-    Without it layers under checkpointing are recomputed as stock, which torch's CheckpointError reports.
+    In the closure of its hook, torch 2.1 to 2.14, which is the last that intercepts saved tensors:
+    `_top_saved_tensors_default_hooks`, torch 2.8 to 2.14. Without that the calls under way are searched, which is
+    slower. Where neither shows it there is an error: layers recomputed as stock may yield wrong values, silently.
     """
     top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-    hooks: tuple[Callable[[Any], Any], Any] | None = top and top(False)
-    return hooks
+    if top is None:
+        return _checkpoint_among_calls()
+    pack: Any = (top(False) or [None])[0]
+    if getattr(pack, "__module__", None) != checkpointing.__name__ or "_recomputation_hook" in pack.__qualname__:
+        return None
+    cells = dict(zip(pack.__code__.co_freevars, pack.__closure__ or (), strict=True))
+    return _recomputable(cells["frame"].cell_contents if "frame" in cells else None)
 
 
-def frame_of_checkpoint(pack: Callable[[Any], Any]) -> Any:
-    """What checkpointing keeps of a layer, with its `recompute_fn`: the closure of its hook, torch 2.1 to 2.14.
+def _checkpoint_among_calls() -> Any:
+    """The same, as `new_frame` in the generator `gen` that torch's `checkpoint` goes through, torch 2.1 to 2.14."""
+    checkpoint = inspect.unwrap(checkpointing.checkpoint).__code__
+    call: FrameType | None = sys._getframe()
+    while call is not None and call.f_code is not checkpoint:
+        call = call.f_back
+    if call is None or call.f_locals.get("use_reentrant"):
+        return None
+    inside = getattr(call.f_locals.get("gen"), "gi_frame", None)
+    return _recomputable(inside and inside.f_locals.get("new_frame"))
 
-    Without it as above.
-    """
-    names = getattr(getattr(pack, "__code__", None), "co_freevars", ())
-    cells = dict(zip(names, getattr(pack, "__closure__", None) or (), strict=False))
-    frame = cells["frame"].cell_contents if "frame" in cells else None
-    return frame if hasattr(frame, "recompute_fn") else None
+
+def _recomputable(checkpointed: Any) -> Any:
+    if not hasattr(checkpointed, "recompute_fn"):
+        raise RuntimeError(
+            f"expected to find what activation checkpointing recomputes, not so in torch {torch.__version__}: train "
+            "without checkpointing, or with another release of torch."
+        )
+    return checkpointed
 
 
 def function_modes() -> Sequence[Any]:

@@ -200,6 +200,15 @@ def test_a_release_is_verified(dist, tmp_path):
     assert "got v99.0.0" in wrong.stderr
 
 
+def test_the_oldest_environment_has_the_lowest_releases():
+    project, pins = (ROOT / "pyproject.toml").read_text(), (ROOT / "tests" / "oldest.txt").read_text()
+    for name in ("torch", "torchvision"):
+        (lowest,) = re.findall(rf'"{name}>=([\d.]+)"', project)
+        assert f"{name}=={lowest}.0\n" in pins
+    (lowest,) = re.findall(r"torch >= ([\d.]+)", (ROOT / "README.md").read_text())
+    assert f"torch=={lowest}.0\n" in pins
+
+
 def test_versions_agree():
     for name in ("CHANGELOG.md", "CITATION.cff"):
         assert interpgrad.__version__ in (ROOT / name).read_text(), name

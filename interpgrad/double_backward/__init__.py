@@ -75,8 +75,7 @@ class fast_double_backward(TorchFunctionMode):  # noqa: N801  # type: ignore[mis
         signals.point()
         kwargs = kwargs or {}
         if func in _CONCERNED and torch.is_grad_enabled():
-            hooks = private.saved_tensor_hooks()
-            if hooks and checkpointing.recompute_in(self.recompute_in, hooks[0]):
+            if checkpointing.recompute_in(self.recompute_in):
                 self.recomputes = True
             if func in _REPLACEMENTS and _is_plain(args[0] if args else kwargs.get("input")):
                 result = _REPLACEMENTS[func](*args, **kwargs)

@@ -10,12 +10,12 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
-from interpgrad.private import frame_of_checkpoint
+from interpgrad.private import checkpoint_under_way
 
 
-def recompute_in(context: Callable[[], AbstractContextManager[Any]], pack: Callable[[Any], Any]) -> bool:
-    """Where this hook is that of a checkpointed layer, have the layer recomputed in such a context; whether it is."""
-    frame = frame_of_checkpoint(pack)
+def recompute_in(context: Callable[[], AbstractContextManager[Any]]) -> bool:
+    """Where a layer is being checkpointed, have it recomputed in such a context; whether one is."""
+    frame = checkpoint_under_way()
     if frame is None:
         return False
     recompute = frame.recompute_fn
