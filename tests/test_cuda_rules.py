@@ -82,6 +82,17 @@ class Special(nn.Module):
         return self.head(h.flatten(1))
 
 
+class BiasAlone(nn.Module):
+    """A norm as a function, with a bias and no weight."""
+
+    def __init__(self, function, shape):
+        super().__init__()
+        self.function, self.bias = function, nn.Parameter(torch.ones(shape))
+
+    def forward(self, x):
+        return self.function(x, self.bias)
+
+
 def tokens(h):
     return h.flatten(2).transpose(1, 2)
 
@@ -104,6 +115,8 @@ SPECIAL = {
     "layer norm without bias": lambda: Special(nn.LayerNorm([8, 6, 6], bias=False)),
     "group norm": lambda: Special(nn.GroupNorm(4, 8)),
     "group norm without weight": lambda: Special(nn.GroupNorm(2, 8, affine=False), lambda h: h[:, :, ::2]),
+    "layer norm with a bias alone": lambda: Special(BiasAlone(lambda h, b: F.layer_norm(h, (6, 6), None, b), (6, 6))),
+    "group norm with a bias alone": lambda: Special(BiasAlone(lambda h, b: F.group_norm(h, 4, None, b), (8,))),
     "grouped convolution": lambda: Special(nn.Conv2d(8, 8, 3, padding=1, groups=4, bias=False)),
 }
 
