@@ -6,10 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.distributed.fsdp
 import torch.multiprocessing as mp
 import torch.nn.functional as F
-from nets import data
+from nets import data, fsdp2_runs
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -384,7 +383,7 @@ def fsdp2(rank, shared):
             torch.testing.assert_close(value.full_tensor(), expected)
 
 
-@pytest.mark.skipif(not hasattr(torch.distributed.fsdp, "fully_shard"), reason="FSDP2 is not public in this torch")
+@fsdp2_runs
 @pytest.mark.parametrize("shared", [False, True])
 def test_fsdp2(shared):
     spawn(fsdp2, shared)

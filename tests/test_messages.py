@@ -6,10 +6,11 @@ import re
 import pytest
 import torch
 import torch.distributed as dist
-from nets import data, small_net
+from nets import data, fsdp2_runs, small_net
 from torch import nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
+from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 
 from interpgrad import InterpretableGradientLoss, graph, input_gradients
@@ -299,27 +300,33 @@ def test_no_path_to_the_images(where):
         InterpretableGradientLoss(model, criterion=criterion)(*data())
 
 
-def test_fsdp2_that_frees_parameters():
-    fsdp = pytest.importorskip("torch.distributed.fsdp")
-    if not hasattr(fsdp, "fully_shard"):
-        pytest.skip("FSDP2 is not public in this release of torch")
+@contextlib.contextmanager
+def sharded_net():
+    """Under FSDP2, of one process."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
-        model, (x, y) = small_net().float(), data()
-        fsdp.fully_shard(model[0], mesh=mesh)
-        fsdp.fully_shard(model, mesh=mesh)
+        model = small_net().float()
+        fully_shard(model[0], mesh=mesh)
+        yield fully_shard(model, mesh=mesh)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_fsdp2_that_frees_parameters():
+    x, y = data()
+    with sharded_net() as model:
         reg = InterpretableGradientLoss(model, lam=1.0)
         with raises(RuntimeError, "FSDP2", "set_reshard_after_backward(False)"):
             reg(x.float(), y)
         with raises(RuntimeError, "FSDP2", "set_reshard_after_backward(False)"), reg.shared_forward():
             model(x.float())
+
+
+@fsdp2_runs
+def test_fsdp2_that_keeps_parameters():
+    x, y = data()
+    expected = InterpretableGradientLoss(small_net().float(), lam=1.0)(x.float(), y)
+    with sharded_net() as model:
         model.set_reshard_after_backward(False)
-        try:
-            model(x.float())
-        except AttributeError:
-            pytest.skip("FSDP2 does not run on CPUs in this release of torch")
-        expected = InterpretableGradientLoss(small_net().float(), lam=1.0)(x.float(), y)
-        torch.testing.assert_close(reg(x.float(), y), expected)
-    finally:
-        dist.destroy_process_group()
+        torch.testing.assert_close(InterpretableGradientLoss(model, lam=1.0)(x.float(), y), expected)
