@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import inspect
 import sys
+import traceback
 from collections.abc import Sequence
-from types import FrameType
 from typing import Any
 
 import torch
@@ -74,9 +74,8 @@ def checkpoint_under_way() -> Any:
 def _checkpoint_among_calls() -> Any:
     """The same, as `new_frame` in the generator `gen` that torch's `checkpoint` goes through, torch 2.6 to 2.8."""
     checkpoint = inspect.unwrap(checkpointing.checkpoint).__code__
-    call: FrameType | None = sys._getframe()
-    while call is not None and call.f_code is not checkpoint:
-        call = call.f_back
+    # Not in a loop of its own, which torch.compile, where it follows, would go through piece by piece.
+    call = next((frame for frame, _ in traceback.walk_stack(sys._getframe()) if frame.f_code is checkpoint), None)
     if call is None or call.f_locals.get("use_reentrant"):
         return None
     inside = getattr(call.f_locals.get("gen"), "gi_frame", None)
