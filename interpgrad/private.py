@@ -1,15 +1,16 @@
 """Every private name of PyTorch that this package uses: what it is for, where it was seen, what happens without it.
 
-Where a release lacks one, the way that is slower and right is taken, or an error says so; never a wrong value.
-tests/test_private.py asks for each of them.
+Where a release lacks one, the way that is slower and right is taken, or there is an error; never a wrong value.
+tests/test_private.py asks for each of them, and takes each away. The releases named are those it was seen in: from the
+oldest that is supported, or what came later, to the newest.
 """
 
 from __future__ import annotations
 
 import inspect
 import sys
+import traceback
 from collections.abc import Sequence
-from types import FrameType
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from torch.utils import checkpoint as checkpointing
 
 
 def will_run(node: Node) -> bool:
-    """Whether the running backward pass will execute the node: `_will_engine_execute_node`, torch 1.13 to 2.14.
+    """Whether the running backward pass will execute the node: `_will_engine_execute_node`, torch 2.6 to 2.14.
 
     Without it everything is taken for wanted, and gradients are computed in vain.
     """
@@ -32,7 +33,7 @@ def will_run(node: Node) -> bool:
 
 
 def number_of_backward_pass() -> int:
-    """Unique in the process, -1 outside of backward passes: `_current_graph_task_id`, torch 2.0 to 2.14.
+    """Unique in the process, -1 outside of backward passes: `_current_graph_task_id`, torch 2.6 to 2.14.
 
     Without it there is an AttributeError: frozen statistics depend on it.
     """
@@ -40,7 +41,7 @@ def number_of_backward_pass() -> int:
 
 
 def casts_to(node: Node, dtype: torch.dtype) -> bool:
-    """Whether a cast's gradient arrives in dtype: `_input_metadata`, torch 2.5 to 2.14.
+    """Whether a cast's gradient arrives in dtype: `_input_metadata`, torch 2.6 to 2.14.
 
     Without it, yes: gradients are scaled as in float16, which costs a look at their size.
     """
@@ -49,14 +50,14 @@ def casts_to(node: Node, dtype: torch.dtype) -> bool:
 
 
 def inputs_of(node: Node) -> int:
-    """How many gradients a node takes: `_input_metadata`; without it 0."""
+    """How many gradients a node takes: `_input_metadata`; without it 0, and an error does not name the derivative."""
     return len(getattr(node, "_input_metadata", ()))
 
 
 def checkpoint_under_way() -> Any:
     """What non-reentrant checkpointing keeps of the layer it runs here, with its `recompute_fn`; None outside of it.
 
-    In the closure of its hook, torch 2.1 to 2.14, which is the last that intercepts saved tensors:
+    In the closure of its hook, torch 2.6 to 2.14, which is the last that intercepts saved tensors:
     `_top_saved_tensors_default_hooks`, torch 2.8 to 2.14. Without that the calls under way are searched, which is
     slower. Where neither shows it there is an error: layers recomputed as stock may yield wrong values, silently.
     """
@@ -71,11 +72,10 @@ def checkpoint_under_way() -> Any:
 
 
 def _checkpoint_among_calls() -> Any:
-    """The same, as `new_frame` in the generator `gen` that torch's `checkpoint` goes through, torch 2.1 to 2.14."""
+    """The same, as `new_frame` in the generator `gen` that torch's `checkpoint` goes through, torch 2.6 to 2.8."""
     checkpoint = inspect.unwrap(checkpointing.checkpoint).__code__
-    call: FrameType | None = sys._getframe()
-    while call is not None and call.f_code is not checkpoint:
-        call = call.f_back
+    # Not in a loop of its own, which torch.compile, where it follows, would go through piece by piece.
+    call = next((frame for frame, _ in traceback.walk_stack(sys._getframe()) if frame.f_code is checkpoint), None)
     if call is None or call.f_locals.get("use_reentrant"):
         return None
     inside = getattr(call.f_locals.get("gen"), "gi_frame", None)
@@ -92,29 +92,35 @@ def _recomputable(checkpointed: Any) -> Any:
 
 
 def function_modes() -> Sequence[Any]:
-    """The function modes entered on this thread: `_get_current_function_mode_stack`, torch 2.0 to 2.14."""
+    """The function modes entered on this thread: `_get_current_function_mode_stack`, torch 2.6 to 2.14.
+
+    Without it this package cannot be imported.
+    """
     modes: Sequence[Any] = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
     return modes
 
 
 def under_a_transform() -> bool:
-    """Whether vmap, jvp or another of torch.func is under way: `peek_interpreter_stack`, torch 2.0 to 2.14."""
+    """Whether vmap, jvp or another of torch.func is under way: `peek_interpreter_stack`, torch 2.6 to 2.14.
+
+    Without it there is an AttributeError, as without the three that follow.
+    """
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def is_batched(gradient: Tensor) -> bool:
-    """Whether it stands for many, under `is_grads_batched=True`: `is_legacy_batchedtensor`, torch 2.1 to 2.14."""
+    """Whether it stands for many, under `is_grads_batched=True`: `is_legacy_batchedtensor`, torch 2.6 to 2.14."""
     return bool(torch._C._functorch.is_legacy_batchedtensor(gradient))
 
 
 def each_of(gradient: Tensor) -> tuple[Tensor, ...]:
-    """Those it stands for."""
+    """Those it stands for: `_remove_batch_dim`, torch 2.6 to 2.14."""
     singles: tuple[Tensor, ...] = torch._remove_batch_dim(gradient, _level(), 1, 0).unbind()
     return singles
 
 
 def batched(gradients: Sequence[Tensor]) -> Tensor:
-    """One that stands for these."""
+    """One that stands for these: `_add_batch_dim`, torch 2.6 to 2.14."""
     return torch._add_batch_dim(torch.stack(list(gradients)), 0, _level())
 
 
@@ -125,21 +131,25 @@ def _level() -> int:
 
 
 def is_compiled_wrapper(module: nn.Module) -> bool:
-    """Whether this is what torch.compile(module) returned: `OptimizedModule`, torch 2.0 to 2.14.
+    """Whether this is what torch.compile(module) returned: `OptimizedModule`, torch 2.6 to 2.14.
 
-    Asked of the type: a wrapper may delegate look-ups of attributes to what is compiled inside.
+    Without it there is an AttributeError. Asked of the type: a wrapper may delegate look-ups of attributes to what is
+    compiled inside.
     """
     dynamo = sys.modules.get("torch._dynamo.eval_frame")  # not imported before somebody compiles
     return dynamo is not None and isinstance(module, dynamo.OptimizedModule)
 
 
 def is_compiled_in_place(module: nn.Module) -> bool:
-    """Whether module.compile() was called: `_compiled_call_impl`, torch 2.2 to 2.14."""
-    return getattr(module, "_compiled_call_impl", None) is not None
+    """Whether module.compile() was called: `_compiled_call_impl`, torch 2.6 to 2.14.
+
+    Without it there is an AttributeError.
+    """
+    return module._compiled_call_impl is not None
 
 
 def parameter_groups(module: nn.Module) -> list[Any]:
-    """The groups by which FSDP2 gathers and frees parameters: `_fsdp_param_group(s)`, torch 2.4 to 2.14.
+    """The groups by which FSDP2 gathers and frees parameters: `_fsdp_param_group(s)`, torch 2.6 to 2.14.
 
     Without them FSDP2 itself fails in the second of two backward passes.
     """

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed.fsdp
+from nets import fsdp2_runs
 
 ROOT = Path(__file__).parent.parent
 pytest.importorskip("torchvision")
@@ -106,7 +106,7 @@ def test_a_tiny_evaluation(tmp_path):
         assert row["speedup"] == pytest.approx(row["images_per_second"] / row["peer_images_per_second"])
 
 
-@pytest.mark.skipif(not hasattr(torch.distributed.fsdp, "fully_shard"), reason="FSDP2 is not public in this torch")
+@fsdp2_runs
 def test_what_the_loss_sends(tmp_path):
     """As docs/explanation/scaling.md says: with a shared forward no more than a plain step, and no later."""
     result = run("--model", "resnet18", "--size", 32, "--json", "s.json", cwd=tmp_path, script="scaling.py")

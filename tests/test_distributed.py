@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.distributed.fsdp
 import torch.multiprocessing as mp
 import torch.nn.functional as F
-from nets import data
+from nets import data, fsdp2_runs
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -411,7 +410,7 @@ def fsdp2(rank, build, shared, keeps):
             assert are_freed(model)
 
 
-@pytest.mark.skipif(not hasattr(torch.cpu.Stream, "record_event"), reason="FSDP2 does not run on CPUs in this torch")
+@fsdp2_runs
 @pytest.mark.parametrize("keeps", [False, True], ids=["freed", "kept by the user"])
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("build", [net, smooth_net])

@@ -122,6 +122,11 @@ def test_compiled_modules():
     assert not private.is_compiled_in_place(nn.Linear(2, 2))
 
 
+def take_away(name, monkeypatch):
+    """From what `private` sees: torch needs some of these itself."""
+    monkeypatch.setattr(private, "getattr", lambda each, asked, *default: default[0] if asked == name else getattr(each, asked, *default), raising=False)  # fmt: skip  # noqa: E501
+
+
 @pytest.mark.parametrize("absent", ["_will_engine_execute_node", "_input_metadata", "_top_saved_tensors_default_hooks"])
 def test_without(absent, monkeypatch):
     """The same values, by more work; of layers under checkpointing perhaps an error."""
@@ -132,7 +137,7 @@ def test_without(absent, monkeypatch):
         return *input_gradients(model, x, y), *torch.autograd.grad(loss, list(model.parameters()))
 
     expected = values()
-    monkeypatch.setattr(private, "getattr", lambda each, name, *default: default[0] if name == absent else getattr(each, name, *default), raising=False)  # fmt: skip  # noqa: E501
+    take_away(absent, monkeypatch)
     try:
         found = values()
     except RuntimeError as error:
@@ -141,3 +146,35 @@ def test_without(absent, monkeypatch):
         return
     for value, reference in zip(found, expected, strict=True):
         torch.testing.assert_close(value, reference, rtol=1e-9, atol=1e-12)
+
+
+OWNERS = {
+    "_current_graph_task_id": torch._C,
+    "peek_interpreter_stack": torch._C._functorch,
+    "is_legacy_batchedtensor": torch._C._functorch,
+    "_compiled_call_impl": nn.Module,
+}
+
+
+@pytest.mark.parametrize("absent", OWNERS)
+def test_an_error_without(absent, monkeypatch):
+    reg, (x, y) = InterpretableGradientLoss(small_net()), data()
+    monkeypatch.delattr(OWNERS[absent], absent)
+    with pytest.raises(AttributeError, match=absent), reg.shared_forward():
+        reg(x, y)
+
+
+def test_a_failing_double_backward_without(monkeypatch):
+    """It is refused all the same."""
+
+    def attend(h):
+        q = h.flatten(2)[:, None]
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, q, q)[0][:, 0].view_as(h)
+
+    class Net(nn.Sequential):
+        def forward(self, x):
+            return super().forward(attend(x))
+
+    take_away("_input_metadata", monkeypatch)
+    with pytest.raises(RuntimeError, match="expected operations with a double backward"):
+        InterpretableGradientLoss(Net(*small_net()))(*data())
