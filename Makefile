@@ -14,15 +14,16 @@ RUN := $(VENV)/bin/python
 demo: $(VENV)/.examples
 	$(RUN) examples/quickstart.py $(ARGS)
 
+# A process for each core, files whole: some make what all of their tests use.
 test: $(VENV)/.test
-	$(RUN) -m pytest $(ARGS)
+	$(RUN) -m pytest -n auto --dist loadfile $(ARGS)
 
 test-cuda: $(VENV)/.test
 	$(RUN) -m pytest --device cuda $(ARGS)
 
 # With the lowest torch of pyproject.toml, in an environment of its own.
 test-oldest: $(VENV)-oldest/.test
-	$(VENV)-oldest/bin/python -m pytest $(ARGS)
+	$(VENV)-oldest/bin/python -m pytest -n auto --dist loadfile $(ARGS)
 
 lint: $(VENV)/.dev
 	$(RUN) -m ruff check .

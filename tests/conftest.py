@@ -1,5 +1,7 @@
 """Settings every test shares."""
 
+import os
+
 import hypothesis
 import pytest
 import torch
@@ -15,6 +17,9 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    if "PYTEST_XDIST_WORKER" in os.environ:  # one process for each core: one thread each, and in the programs it starts
+        os.environ["OMP_NUM_THREADS"] = "1"
+        torch.set_num_threads(1)
     config.addinivalue_line("markers", "cpu(reason): a test that the device given by --device cannot run")
 
 
