@@ -161,10 +161,14 @@ def test_a_second_signal_is_not_kept_waiting():
         later.append("reached")
 
     model.register_forward_pre_hook(twice)
-    with pytest.raises(KeyboardInterrupt):
-        InterpretableGradientLoss(model)(x, y)
-    assert not later
-    assert signal.getsignal(signal.SIGINT) is not signals._handle
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            InterpretableGradientLoss(model)(x, y)
+        assert not later
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert signals._users == 0
     signals._noted.clear()
 

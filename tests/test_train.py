@@ -130,7 +130,10 @@ def test_a_model_that_fails_the_check_is_not_trained(monkeypatch, capsys):
 def test_an_interrupted_run_can_be_resumed(name, folder, uninterrupted, tmp_path):
     with (tmp_path / "log").open("wb") as log:
         arguments = command(name, folder, "--epochs", "4")
-        process = subprocess.Popen(arguments, stdout=log, stderr=log, cwd=tmp_path, env=environment(tmp_path))
+        heeded = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background job ignores it
+        process = subprocess.Popen(
+            arguments, stdout=log, stderr=log, cwd=tmp_path, env=environment(tmp_path), preexec_fn=heeded
+        )
         deadline = time.monotonic() + 120
         while not (tmp_path / CHECKPOINTS[name][0]).exists() and process.poll() is None:
             assert time.monotonic() < deadline
