@@ -168,8 +168,9 @@ def zoo(stored: dict[str, Any]) -> str:
         lines.append([family, each["model"], *cells])
     measured = [each for each in stored["results"].values() if "ratio" in each]
     right = sum(max(each[name] for name in names) < 1e-6 for each in measured)
+    families = f"of {len(stored['families'])}" if "families" in stored else "so far, timm's being incomplete"
     foot = (
-        f"Of {len(stored['families'])} families {len(measured)} were measured, of which {right} agree to 1e-6. "
+        f"{len(measured)} families measured {families}, of which {right} agree to 1e-6. "
         f"torch {stored['torch']}, torchvision {stored['torchvision']}, timm {stored['timm']}."
     )
     headings = [
