@@ -153,7 +153,7 @@ def parameter_groups(module: nn.Module) -> list[Any]:
 
     Without them FSDP2 itself fails in the second of two backward passes.
     """
-    sharded = [part for part in module.modules() if hasattr(part, "set_reshard_after_backward")]
+    sharded = [part for part in module.modules() if hasattr(type(part), "set_reshard_after_backward")]
     states: list[Any] = [part._get_fsdp_state() for part in sharded]  # type: ignore[operator]
     of_each = [getattr(state, "_fsdp_param_groups", [getattr(state, "_fsdp_param_group", None)]) for state in states]
     return [group for groups in of_each for group in groups if group is not None]
