@@ -115,19 +115,21 @@ def is_batched(gradient: Tensor) -> bool:
 
 def each_of(gradient: Tensor) -> tuple[Tensor, ...]:
     """Those it stands for: `_remove_batch_dim`, torch 2.6 to 2.14."""
-    singles: tuple[Tensor, ...] = torch._remove_batch_dim(gradient, _level(), 1, 0).unbind()
+    singles: tuple[Tensor, ...] = torch._remove_batch_dim(gradient, _level_of(gradient), 1, 0).unbind()
     return singles
 
 
-def batched(gradients: Sequence[Tensor]) -> Tensor:
-    """One that stands for these: `_add_batch_dim`, torch 2.6 to 2.14."""
-    return torch._add_batch_dim(torch.stack(list(gradients)), 0, _level())
+def batched(gradients: Sequence[Tensor], like: Tensor) -> Tensor:
+    """One that stands for these, as `like` does for others: `_add_batch_dim`, torch 2.6 to 2.14."""
+    return torch._add_batch_dim(torch.stack(list(gradients)), 0, _level_of(like))
 
 
-def _level() -> int:
-    level = int(torch._C._vmapmode_increment_nesting()) - 1
-    torch._C._vmapmode_decrement_nesting()
-    return level
+def _level_of(gradient: Tensor) -> int:
+    """Of vmap, the innermost. Asked of the tensor: threads count for themselves, and a GPU's passes run on another.
+
+    At a level that is not its own `_remove_batch_dim` adds a dimension, of the size that it is given: here 0.
+    """
+    return next(level for level in range(63, 0, -1) if len(torch._remove_batch_dim(gradient, level, 0, 0)))
 
 
 def is_compiled_wrapper(module: nn.Module) -> bool:

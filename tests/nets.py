@@ -58,7 +58,6 @@ def relu_twice(h, relu):
 # Every spelling of a rectifier of the piecewise-linear family, and the same function with the plain F op (whose
 # backward the ATen-level oracle knows). Each takes the tensor to rectify, a fresh one.
 _SHARED = nn.ReLU()
-_PRELU_SLOPE = torch.tensor([0.2], dtype=torch.float64)
 
 
 def _on_slice(inplace):
@@ -110,8 +109,8 @@ SPELLINGS = {
     "nn.Hardtanh": (nn.Hardtanh(), F.hardtanh),
     "nn.LeakyReLU": (nn.LeakyReLU(0.2, inplace=True), lambda h: F.leaky_relu(h, 0.2)),
     "F.leaky_relu_": (lambda h: F.leaky_relu_(h, 0.2), lambda h: F.leaky_relu(h, 0.2)),
-    "F.prelu": (lambda h: F.prelu(h, _PRELU_SLOPE), lambda h: F.leaky_relu(h, 0.2)),
-    "nn.PReLU": (nn.PReLU(init=0.25).double(), lambda h: F.leaky_relu(h, 0.25)),
+    "F.prelu": (lambda h: F.prelu(h, h.new_tensor([0.2])), lambda h: F.leaky_relu(h, 0.2)),
+    "nn.PReLU": (lambda h: nn.PReLU(init=0.25, device=h.device, dtype=h.dtype)(h), lambda h: F.leaky_relu(h, 0.25)),
     "F.rrelu in evaluation": (lambda h: F.rrelu(h, 0.2, 0.2), lambda h: F.leaky_relu(h, 0.2)),
     "F.rrelu in training": (lambda h: F.rrelu(h, 0.2, 0.2, training=True), lambda h: F.leaky_relu(h, 0.2)),
     "and a skip connection": (lambda h: relu_twice(h, F.relu), lambda h: relu_twice(h, F.relu)),

@@ -30,7 +30,8 @@ def captum_guided(model, x, y):
     ],
     ids=["small net", "vgg11", "squeezenet"],
 )
-def test_equal_where_every_relu_is_a_module_used_once(model, size):
+def test_equal_where_every_relu_is_a_module_used_once(model, size, device):
+    model.to(device)
     for module in model.modules():
         if isinstance(module, nn.ReLU):
             module.inplace = False

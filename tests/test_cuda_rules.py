@@ -22,7 +22,7 @@ pytestmark = pytest.mark.cpu("the rules stand in for the device")
 def _as_on_cuda(monkeypatch):
     """Group norm's memory format is chosen as on CUDA, and autocast runs row norms in single precision."""
     monkeypatch.setattr(row_norm, "_memory_format", lambda _: torch.contiguous_format)
-    monkeypatch.setattr(row_norm, "_IN_SINGLE", ("cpu",))
+    monkeypatch.setattr(row_norm, "_AS_GIVEN", ())
 
 
 def step(model, x, y, *, shared, autocast=None, batch_norm="frozen", **rules):

@@ -311,8 +311,8 @@ MODULES = {
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_modules(name):
-    module = MODULES[name].double()
+def test_modules(name, device):
+    module = MODULES[name].double().to(device)
     x = data()[0].requires_grad_()
     state = {key: value.clone() for key, value in module.state_dict().items()}
     results = []

@@ -76,14 +76,14 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
 @contextlib.contextmanager
-def autocast_on_cuda(dtype):
-    """As torch.autocast("cuda"), which refuses to begin where there is no such device."""
-    torch.set_autocast_dtype("cuda", dtype or torch.float16)
-    torch.set_autocast_enabled("cuda", dtype is not None)
+def autocast_on(device, dtype):
+    """As torch.autocast, which refuses to begin where there is no such device."""
+    torch.set_autocast_dtype(device, dtype or torch.float16)
+    torch.set_autocast_enabled(device, dtype is not None)
     try:
         yield
     finally:
-        torch.set_autocast_enabled("cuda", False)
+        torch.set_autocast_enabled(device, False)
         torch.clear_autocast_cache()
 
 
@@ -98,7 +98,7 @@ def test_forward(name, autocast):
             replaced.update({func} & _REPLACEMENTS.keys())
             return super().__torch_function__(func, types, args, kwargs)
 
-    with FakeTensorMode(), torch.device("cuda"), autocast_on_cuda(autocast):
+    with FakeTensorMode(), torch.device("cuda"), autocast_on("cuda", autocast):
         for dtype, training, view in itertools.product(DTYPES, (True, False), VIEWS):
             layer = build()
             if isinstance(layer, nn.Module):
@@ -116,3 +116,13 @@ def test_forward(name, autocast):
             assert (found.dtype, found.device) == (expected.dtype, expected.device), about
             assert found.stride() == expected.stride(), about
     assert replaced
+
+
+@pytest.mark.parametrize("device", ["cuda", "xpu", "mps"])
+def test_autocast_of_norms_on_every_accelerator(device):
+    with FakeTensorMode(), autocast_on(device, torch.float16):
+        x = torch.empty(IMAGES[2], dtype=torch.float16, device=device)
+        for norm in (lambda: F.group_norm(x, 4), lambda: F.layer_norm(x, x.shape[1:])):
+            with fast_double_backward():
+                found = norm()
+            assert found.dtype == norm().dtype == torch.float32

@@ -93,7 +93,7 @@ def test_rise():
             blurred = F.conv2d(image[None], kernel, padding=5, groups=3)
             start, finish = (blurred, image[None]) if mode == "insertion" else (image[None], torch.zeros_like(blurred))
             start, scores = start.clone(), []
-            salient_order = saliency_map.flatten().numpy().argsort()[::-1]
+            salient_order = saliency_map.flatten().cpu().numpy().argsort()[::-1]
             for i in range((hw + step - 1) // step + 1):
                 scores.append(float(model(start).softmax(1)[0, c]))
                 coords = salient_order[step * i : step * (i + 1)].copy()
@@ -216,7 +216,7 @@ def test_the_whole_image_is_inserted_and_deleted():
 
 @given(arrays("float64", (3, 7), elements=st.floats(0, 1)))
 def test_the_area_is_that_of_the_slides(curves):
-    found = metrics.area(torch.from_numpy(curves))
+    found = metrics.area(torch.tensor(curves))
     torch.testing.assert_close(found, torch.tensor([literal_area(curve) for curve in curves], dtype=torch.float64))
 
 

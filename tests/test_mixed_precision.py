@@ -71,7 +71,7 @@ def trained(dtype, shared, normalize, steps=200):
         with autocast(dtype):
             with reg.shared_forward() if shared else torch.enable_grad():
                 logits = model(x)
-            entropy, penalty = F.cross_entropy(logits, y), reg(x, y)
+            entropy, penalty = F.cross_entropy(logits.float(), y), reg(x, y)
         optimizer.zero_grad()
         before = scaler.get_scale()
         scaler.scale(entropy + penalty).backward()

@@ -283,13 +283,13 @@ def test_checkpointed_attention(shared):
 
 def test_two_regularizers_in_two_threads_do_not_see_each_other():
     """Each with a model, an order of steps and settings of its own: bit for bit what each does alone."""
+    batches = [[data(seed=10 * index + step) for step in range(6)] for index in range(2)]
 
     def train(index, found, model, barrier=None):
         reg = InterpretableGradientLoss(
             model, ["cos", "mse"][index], lam=1.0, criterion=["cross_entropy", "logit"][index]
         )
-        for step in range(6):
-            x, y = data(seed=10 * index + step)
+        for step, (x, y) in enumerate(batches[index]):
             if barrier:
                 barrier.wait()
             if (step + index) % 2:

@@ -1,6 +1,7 @@
 """PyTorch's private names are there, mean what they are used for, and their absence is survived."""
 
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -100,8 +101,12 @@ def test_transforms_and_batches():
     def note(gradients):
         batches.append(private.is_batched(gradients[0]))
         if batches[-1]:
-            same = private.batched(private.each_of(gradients[0]))
+            with ThreadPoolExecutor(1) as worker:  # as the engine's, where there is a GPU
+                singles = worker.submit(private.each_of, gradients[0]).result()
+                same = worker.submit(private.batched, singles, gradients[0]).result()
             assert private.is_batched(same)
+            assert len(singles) == 2
+            assert not any(map(private.is_batched, singles))
             return (same,)
         return None
 

@@ -72,8 +72,8 @@ def apply_each(function: Any, g: Tensor, *others: Any) -> Any:
         return function.apply(g, *others)
     results = [function.apply(each, *others) for each in private.each_of(g)]
     if isinstance(results[0], Tensor):
-        return private.batched(results)
-    return tuple(None if parts[0] is None else private.batched(parts) for parts in zip(*results, strict=True))
+        return private.batched(results, g)
+    return tuple(None if parts[0] is None else private.batched(parts, g) for parts in zip(*results, strict=True))
 
 
 def leave_to_the_engine() -> None:

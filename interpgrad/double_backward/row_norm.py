@@ -30,7 +30,7 @@ from interpgrad.double_backward.engine import apply_each, stock_gradients, tenso
 aten = torch.ops.aten
 
 _NATIVE = 0  # implementation of batch norm
-_IN_SINGLE = ("cuda",)  # where autocast runs both norms in single precision
+_AS_GIVEN = ("cpu",)  # where autocast leaves both norms alone; elsewhere it runs them in single precision
 
 
 class _Layer(NamedTuple):
@@ -164,7 +164,7 @@ def _memory_format(x: Tensor) -> torch.memory_format:
 
 
 def _row_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, norm: _Layer | _Group) -> Any:
-    if x.device.type in _IN_SINGLE and autocast_dtype(x.device) is not None:
+    if x.device.type not in _AS_GIVEN and autocast_dtype(x.device) is not None:
         single = (each if each is None or each.dtype == torch.float64 else each.float() for each in (x, weight, bias))
         return _RowNorm.apply(*single, norm)
     return _RowNorm.apply(x, weight, bias, norm)
