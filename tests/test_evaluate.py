@@ -12,6 +12,7 @@ import timm
 import torch
 import torchvision
 
+pytestmark = pytest.mark.cpu("the examples choose their device")
 ROOT = Path(__file__).parent.parent
 pytest.importorskip("torchmetrics")
 pytest.importorskip("matplotlib")

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import nn
 
+pytestmark = pytest.mark.cpu("the experiments choose their device")
 ROOT = Path(__file__).parent.parent
 pytest.importorskip("torchvision")
 pytest.importorskip("sklearn")
