@@ -2,6 +2,7 @@
 
 import copy
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import timm
@@ -9,7 +10,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 import transformers
-from nets import data, seeded, small_net
+from nets import SPELLINGS, Rectified, data, seeded, small_net
 from oracle import oracle_gradients, relative_difference
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -316,6 +317,21 @@ def test_two_regularizers_in_two_threads_do_not_see_each_other():
         thread.join()
     for index in range(2):
         assert torch.equal(together[index], alone[index])
+
+
+@pytest.mark.parametrize("name", [name for name in SPELLINGS if "slice" in name or "view" in name])
+def test_in_place_on_slices_where_backward_passes_run_on_another_thread(name, device):
+    """As on a GPU: nodes are ordered by numbers that each thread counts for itself."""
+    rectify, (x, y) = SPELLINGS[name][0], data()
+    model = Rectified(lambda h: F.relu_(rectify(h * 1) * 1))
+    reg = InterpretableGradientLoss(model, lam=1.0)
+    expected = torch.autograd.grad(reg(x, y), list(model.parameters()), allow_unused=True)
+    with reg.shared_forward():
+        model(x)
+    with ThreadPoolExecutor(1, initializer=torch.set_default_device, initargs=(device,)) as worker:
+        value = worker.submit(reg, x, y).result()
+    found = torch.autograd.grad(value, list(model.parameters()), allow_unused=True)
+    torch.testing.assert_close(found, expected)
 
 
 def test_many_threads_on_one_model():

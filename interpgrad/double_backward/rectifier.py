@@ -71,8 +71,20 @@ class Hardtanh(Function):
         return aten.hardtanh_backward(g, saved.detach(), *ctx.limits), None, None, None
 
 
+def _apply(function: Any, input: Tensor, *settings: float, inplace: bool) -> Any:
+    """In place on a view, such as `h[:, :8].relu_()`, by a copy.
+
+    Stock puts the rectifier's node inside of another, CopySlices, and leaves it reachable by itself. In the double
+    backward both run, in an order that depends on the threads that made them: on a GPU the second may find the saved
+    tensors freed by the first.
+    """
+    if inplace and input._is_view():
+        return input.copy_(function.apply(input.clone(), *settings, False))
+    return function.apply(input, *settings, inplace)
+
+
 def _relu(input: Tensor, inplace: bool = False) -> Any:
-    return NotImplemented if inplace and input._is_view() else Relu.apply(input, inplace)
+    return _apply(Relu, input, inplace=inplace)
 
 
 def _relu_(input: Tensor) -> Any:
@@ -80,13 +92,13 @@ def _relu_(input: Tensor) -> Any:
 
 
 def _leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Any:
-    if inplace and (negative_slope < 0 or input._is_view()):  # the first is an error in the backward pass
+    if inplace and negative_slope < 0:  # an error in the backward pass
         return NotImplemented
-    return LeakyRelu.apply(input, negative_slope, inplace)
+    return _apply(LeakyRelu, input, negative_slope, inplace=inplace)
 
 
 def _hardtanh(input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Any:
-    return NotImplemented if inplace and input._is_view() else Hardtanh.apply(input, min_val, max_val, inplace)
+    return _apply(Hardtanh, input, min_val, max_val, inplace=inplace)
 
 
 def _relu6(input: Tensor, inplace: bool = False) -> Any:
