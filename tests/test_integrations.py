@@ -201,6 +201,7 @@ ACCUMULATED = {
 }
 
 
+@pytest.mark.cpu("the Trainer of these tests moves all to the CPU")
 @pytest.mark.parametrize("kind", [*list(ACCUMULATED)[1:], pytest.param("own loss", marks=DIVIDES)])
 @pytest.mark.parametrize("name", ["vit", "resnet"])
 def test_accumulation_in_the_trainer(name, kind, tmp_path):
@@ -245,6 +246,7 @@ def test_the_naive_sum_in_the_trainer_is_another(tmp_path):
     torch.testing.assert_close(found[1][name], 3 * found[0][name])
 
 
+@pytest.mark.cpu("the Trainer of these tests moves all to the CPU")
 def test_what_the_trainer_logs_and_evaluates(tmp_path):
     model, images = hugging_face_model("vit"), Images(8)
     reg = InterpretableGradientLoss(model, lam=LAM)

@@ -139,7 +139,7 @@ def test_handlers_that_do_not_raise_are_called_once_and_the_call_goes_on():
     before = signal.signal(signal.SIGINT, lambda *_: seen.append(1))
     try:
         for shared_forward in (True, False):
-            model.register_forward_hook(lambda *_: os.kill(os.getpid(), signal.SIGINT))
+            model.register_forward_hook(lambda *_: signal.raise_signal(signal.SIGINT))
             if shared_forward:
                 with reg.shared_forward():
                     model(x)
@@ -157,7 +157,7 @@ def test_a_second_signal_is_not_kept_waiting():
 
     def twice(*_):
         for _ in range(2):
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
         later.append("reached")
 
     model.register_forward_pre_hook(twice)

@@ -393,7 +393,15 @@ def test_targets_in_other_forms():
     for criterion in ("log_prob", "logit", "cross_entropy"):
         expected = input_gradients(model, x, y, criterion=criterion)
         one_hot = F.one_hot(y, 4)
-        for target in (y.tolist(), y.numpy(), y[:, None], y.int(), one_hot, one_hot.bool(), np.array(one_hot)):
+        for target in (
+            y.tolist(),
+            y.cpu().numpy(),
+            y[:, None],
+            y.int(),
+            one_hot,
+            one_hot.bool(),
+            np.array(one_hot.cpu()),
+        ):
             same(input_gradients(model, x, target, criterion=criterion), expected)
         with pytest.raises(TypeError, match="expected y to hold a target for each image, got int"):
             input_gradients(model, x, 3, criterion=criterion)
