@@ -66,6 +66,7 @@ def somewhere(tmp_path, monkeypatch):
         dist.destroy_process_group()
 
 
+@pytest.mark.cpu("the code of the documents chooses its device")
 @pytest.mark.parametrize("page", [page for page in PAGES if code_blocks(page)])
 def test_code_of_the_page_runs(page, somewhere):
     """Every Python block, one after the other, in one namespace; but for those whose packages are not installed."""
@@ -80,6 +81,7 @@ def test_code_of_the_page_runs(page, somewhere):
         pytest.skip(f"all but what needs {', '.join(sorted(missing))} ran")
 
 
+@pytest.mark.cpu("the code of the documents chooses its device")
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_notebook_runs(name, monkeypatch, capsys):
     """Its cells, with fewer images and epochs in the cell that is there to be changed."""
