@@ -282,8 +282,11 @@ def test_checkpointed_attention(shared):
     assert torch.backends.cuda.flash_sdp_enabled()
 
 
-def test_two_regularizers_in_two_threads_do_not_see_each_other():
-    """Each with a model, an order of steps and settings of its own: bit for bit what each does alone."""
+def test_two_regularizers_in_two_threads_do_not_see_each_other(device):
+    """Each with a model, an order of steps and settings of its own: bit for bit what each does alone.
+
+    But for the order of sums on a GPU, where both share a thread of the engine, whose counter decides it.
+    """
     batches = [[data(seed=10 * index + step) for step in range(6)] for index in range(2)]
 
     def train(index, found, model, barrier=None):
@@ -316,7 +319,7 @@ def test_two_regularizers_in_two_threads_do_not_see_each_other():
     for thread in threads:
         thread.join()
     for index in range(2):
-        assert torch.equal(together[index], alone[index])
+        torch.testing.assert_close(together[index], alone[index], rtol=0, atol=0 if device.type == "cpu" else 1e-12)
 
 
 @pytest.mark.parametrize("name", [name for name in SPELLINGS if "slice" in name or "view" in name])
