@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
+import gc
 import itertools
 import json
 import math
@@ -237,7 +238,10 @@ def milliseconds(model: nn.Module, step: Step, steps: int, device: str) -> float
     return 1000 * (time.perf_counter() - start) / steps
 
 
-def measure(name: str, precision: str, layout_name: str, options: argparse.Namespace) -> dict[str, Any]:
+def inputs(
+    name: str, precision: str, layout_name: str, options: argparse.Namespace
+) -> tuple[nn.Module, Tensor, Tensor, Callable[[], Any]]:
+    """The model in training, images and labels on their device, and the context of the precision."""
     torch.manual_seed(0)
     layout = getattr(torch, {"contiguous": "contiguous_format"}.get(layout_name, layout_name))
     model = build(name).train().to(options.device, memory_format=layout)
@@ -251,8 +255,15 @@ def measure(name: str, precision: str, layout_name: str, options: argparse.Names
     def autocast() -> Any:
         return torch.autocast(options.device, dtype) if dtype else contextlib.nullcontext()
 
+    return model, x, y, autocast
+
+
+def measure(name: str, precision: str, layout_name: str, options: argparse.Namespace) -> dict[str, Any]:
+    gc.collect()  # the model before this one
+    model, x, y, autocast = inputs(name, precision, layout_name, options)
     steps = contenders(model, x, y, autocast, options.activations)
-    wrong = wrong_gradients(model, steps, half=dtype is not None)
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # single precision is compared in it
+        wrong = wrong_gradients(model, steps, half=precision != "fp32")
     for contender in wrong:
         del steps[contender]
 

@@ -87,7 +87,7 @@ def smoothed(
         mean = delta
         if count:
             mean = saliency.smooth_gradient(
-                model, x, y, samples=count, criterion=criterion, chunk_size=250, generator=_seeded(count)
+                model, x, y, samples=count, criterion=criterion, chunk_size=250, generator=_seeded(count, x.device)
             )
             found["own"].append(float(F.cosine_similarity(_unit(mean).flatten(1), _unit(delta).flatten(1)).mean()))
         maps = mean.abs().sum(1)
@@ -128,14 +128,14 @@ def randomized(model: nn.Module, images: Images, criterion: str = "log_prob", dr
     layers = [module for module in model.modules() if hasattr(module, "reset_parameters")]
     for name, chosen in {"last layer": layers[-1:], "all layers": layers}.items():
         for draw in range(draws):
-            other = copy.deepcopy(model)
+            other = copy.deepcopy(model).cpu()  # whose draws are the same wherever the images are
             of_other = [module for module in other.modules() if hasattr(module, "reset_parameters")]
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(1000 + draw)
                 for module in of_other[len(layers) - len(chosen) :]:
                     # Not the running statistics: without them the activations of an untrained network die out.
                     _redraw(module)
-            changed, _ = gradients(other, x, y, criterion)
+            changed, _ = gradients(other.to(x.device), x, y, criterion)
             cosine = F.cosine_similarity(delta.flatten(1), changed.flatten(1)).mean()
             ranks = [_ranks(each.abs().sum(1)) for each in (delta, changed)]
             found.setdefault(f"cosine, {name}", []).append(float(cosine))
@@ -216,5 +216,5 @@ def _redraw(module: nn.Module) -> None:
             nn.init.zeros_(parameter)
 
 
-def _seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+def _seeded(seed: int, device: torch.device) -> torch.Generator:
+    return torch.Generator(device).manual_seed(seed)

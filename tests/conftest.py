@@ -1,6 +1,7 @@
 """Settings every test shares."""
 
 import os
+import sys
 
 import hypothesis
 import pytest
@@ -44,5 +45,8 @@ def device(pytestconfig):
 
 
 @pytest.fixture(autouse=True)
-def _seeded():
+def _fresh():
+    """No test depends on those before it in its process."""
     torch.manual_seed(0)
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()  # it compiles one function, as nn.Sequential's forward, only so many times

@@ -10,7 +10,7 @@ import torchvision
 from flops import count_flops
 from nets import data, small_net
 from test_messages import Apply, OnceDifferentiable, net_with, raises
-from test_no_trace import FAILURES, stateful_net
+from test_no_trace import FAILURES, failing, stateful_net
 from torch import nn
 from torch.autograd import Function
 from torch.utils.checkpoint import checkpoint
@@ -264,7 +264,7 @@ def test_an_output_without_logits():
     assert "wrap the model" in findings(nn.Sequential(small_net(), Apply(lambda z: {"out": z})))["the loss"]
 
 
-@pytest.mark.parametrize("failure", [None, "the model raises", "target out of range", "wrong image size"])
+@pytest.mark.parametrize("failure", [None, "the model raises", failing("target out of range"), "wrong image size"])
 def test_leaves_no_trace(failure):
     model, (x, y) = stateful_net(raises=failure == "the model raises"), data()
     x, y = FAILURES[failure][0](x, y) if failure else (x, y)

@@ -403,6 +403,7 @@ def test_two_losses_of_different_settings_on_one_forward_pass():
         assert_same_gradients(gradients_of(values, model), gradients_of(references, single))
 
 
+@pytest.mark.cpu("a device has one thread for backward passes, which cannot wait for itself")
 def test_a_backward_pass_in_the_middle_of_an_inner_one_is_not_frozen():
     """Another thread takes plain gradients of the very graph."""
     model, _ = pair_of_nets("BatchNorm2d", F.relu)

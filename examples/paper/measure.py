@@ -37,11 +37,11 @@ def load(folder: Path, images: Images) -> Network:
     return network_of(folder.name, model)
 
 
-def some(images: Images, count: int | None) -> Images:
+def some(images: Images, count: int | None, device: torch.device | str = "cpu") -> Images:
     """Of the test images so many, taken evenly."""
     x, y = images.test
     chosen = torch.linspace(0, len(x) - 1, min(count or len(x), len(x))).long()
-    return Images(images.name, images.classes, images.train, (x[chosen], y[chosen]))
+    return Images(images.name, images.classes, images.train, (x[chosen].to(device), y[chosen].to(device)))
 
 
 def gradients_of(network: Network, many: Images, few: Images) -> dict[str, Any]:
@@ -60,15 +60,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def measure(folders: list[Path], options: argparse.Namespace) -> None:
     """What is missing of these runs."""
     images = read(options.data, 100)
-    many, few = (some(images, count) for count in (options.figures, options.limit))
-    task = Task(images.name, TensorDataset(*few.test), images.classes)
+    many, few = (some(images, count, options.device) for count in (options.figures, options.limit))
+    task = Task(images.name, TensorDataset(*some(images, options.limit).test), images.classes)
     for folder in folders:
         network, options.output = load(folder, images), folder
         figures = folder / "figures.json"
+        network.model.to(options.device)
         if not figures.exists():
             save({"torch": torch.__version__} | gradients_of(network, many, few), figures)
-        network.model.to(options.device)
-        layer = last_layer(network, few.test[0][:2].to(options.device))
+        layer = last_layer(network, few.test[0][:2])
         for method in options.methods:
             evaluate_once(network, task, layer, method, options)
         print(f"measured {folder}")
