@@ -6,6 +6,7 @@ import sys
 import hypothesis
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 # Deterministic, and without deadlines: shared machines are slow at times, which is no property of the code.
 hypothesis.settings.register_profile("interpgrad", deadline=None, derandomize=True, max_examples=50)
@@ -31,6 +32,29 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(pytest.mark.skip(reason=f"on the CPU alone: {marker.args[0]}"))
 
 
+class DrawnOnTheCPU(TorchFunctionMode):
+    """Weights and images are the same on every device: drawn on the CPU, and moved."""
+
+    MADE = frozenset({torch.rand, torch.randn, torch.randint, torch.randperm})
+    FILLED = frozenset({torch.Tensor.uniform_, torch.Tensor.normal_})
+
+    def __init__(self, device):
+        super().__init__()
+        self.device = device
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        here = torch.device(kwargs.get("device") or self.device).type == self.device.type
+        drawn_here = kwargs.get("generator") is not None and kwargs["generator"].device.type == self.device.type
+        if func in self.MADE and here and not drawn_here:
+            recorded = kwargs.pop("requires_grad", False)
+            return func(*args, **kwargs | {"device": "cpu"}).to(self.device).requires_grad_(recorded)
+        if func in self.FILLED and args[0].device.type == self.device.type:
+            drawn = func(torch.empty_like(args[0], device="cpu", requires_grad=False), *args[1:], **kwargs)
+            return args[0].copy_(drawn)
+        return func(*args, **kwargs)
+
+
 @pytest.fixture(autouse=True)
 def device(pytestconfig):
     """Where tensors and modules are made: what --device says."""
@@ -40,7 +64,9 @@ def device(pytestconfig):
     else:
         torch.set_default_device(device)
         torch.backends.cudnn.allow_tf32 = False  # what is compared in single precision is computed in it
-        yield device
+        torch.backends.cudnn.deterministic = True  # and what is compared bit for bit, in one order
+        with DrawnOnTheCPU(device):
+            yield device
         torch.set_default_device(None)
 
 

@@ -39,10 +39,10 @@ def instance_norm(
 
 
 def hardsigmoid(x, inplace=False):
-    """Stock's has no double backward. ATen has its slope in single precision, also in double."""
-    sixth = torch.tensor(1 / 6, dtype=torch.float32).double()
+    """Stock's has no double backward. ATen has its slope in single precision, also in double: it is asked for it."""
     clamped = x.clamp(-3, 3)
-    return (clamped / 6 + 0.5).detach() + sixth * (clamped - clamped.detach())
+    slope = torch.ops.aten.hardsigmoid_backward(torch.ones_like(x[:1]), torch.zeros_like(x[:1]))
+    return torch.ops.aten.hardsigmoid(x.detach()) + slope * (clamped - clamped.detach())
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from oracle import relative_difference
 from torch import nn
 
 from interpgrad import InterpretableGradientLoss
+from interpgrad.double_backward import batch_norm
 
 
 @pytest.fixture(autouse=True)
@@ -134,3 +135,22 @@ def test_recurrent_layers(training):
     assert model.rows.weight_hh_l0.grad.abs().sum() > 0
     with pytest.raises(RuntimeError, match=r"(?i)cudnn"):
         reg(x, y).backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("layout", ["contiguous", "channels last", "slice", "one pixel", "rows", "volume"])
+def test_scaling_is_rounded_once(dtype, layout):
+    g = torch.randn(6, 16, 5, 7)
+    if layout == "rows":
+        g = g[..., 0, 0]
+    if layout == "volume":
+        g = g[..., None].expand(6, 16, 5, 7, 3).contiguous(memory_format=torch.channels_last_3d)
+    if layout == "one pixel":
+        g = g[..., :1, :1]
+    g, scale = g.to(dtype), torch.rand(16) + 0.5
+    g = g.to(memory_format=torch.channels_last) if layout == "channels last" else g
+    g = g[..., ::2] if layout == "slice" else g
+    found = batch_norm.scaled(g, scale)
+    expected = (g.double() * batch_norm.channels(scale, g).double()).to(dtype)
+    torch.testing.assert_close(found, expected, rtol=1e-7 if dtype == torch.float32 else 0, atol=0)
+    assert found.stride() == torch.empty_like(g).stride()

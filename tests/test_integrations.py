@@ -7,6 +7,8 @@ from pathlib import Path
 
 import lightning
 import pytest
+import timm.data
+import timm.loss
 import timm.task
 import torch
 import torch.distributed as dist

@@ -199,6 +199,7 @@ def test_once_differentiable_function(shared, function):
     input_gradients(model, x, y)  # which differentiates once
 
 
+@pytest.mark.cpu("the operation is the CPU's")
 def test_operation_without_a_double_backward():
     """The fused attention, called past the backend selection."""
 
@@ -211,6 +212,7 @@ def test_operation_without_a_double_backward():
         InterpretableGradientLoss(model)(*data())
 
 
+@pytest.mark.cpu("the operator is the CPU's")
 @pytest.mark.filterwarnings("ignore:.*autograd kernel was not registered")
 def test_operator_without_an_autograd_kernel():
     CUSTOM.define("thrice(Tensor x) -> Tensor")

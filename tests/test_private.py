@@ -169,6 +169,7 @@ def test_an_error_without(absent, monkeypatch):
         reg(x, y)
 
 
+@pytest.mark.cpu("the operation is the CPU's")
 def test_a_failing_double_backward_without(monkeypatch):
     """It is refused all the same."""
 

@@ -153,7 +153,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output", type=Path, required=True, help="folder of the runs")
     parser.add_argument("--networks", nargs="+", choices=list(BEST), default=list(BEST), help="(both)")
-    parser.add_argument("--readings", nargs="+", choices=READINGS, default=list(READINGS), help="(all)")
+    parser.add_argument("--readings", nargs="*", choices=READINGS, default=list(READINGS), help="(all)")
     parser.add_argument("--weights", nargs="*", type=float, default=list(WEIGHTS), help="of Table 4 (%(default)s)")
     errors = ["hi", "mae", "mse"]
     parser.add_argument("--errors", nargs="*", choices=errors, default=errors, help="of Table 3, beside cos (all)")

@@ -142,8 +142,9 @@ def smooth_gradient(
         drawn = [torch.randn(x.shape[1:], dtype=x.dtype, device=x.device, generator=generator) for _ in of_image]
         noisy = x[of_image] + sigma[of_image].view(-1, *[1] * (x.dim() - 1)) * torch.stack(drawn)
         found = gradient(model, noisy, classes[of_image], criterion=criterion)
-        for index in range(int(of_image[0]), int(of_image[-1]) + 1):
-            total[index] += found[of_image.to(x.device) == index].sum(0)  # in one order, unlike index_add_ on CUDA
+        for index, of_one in enumerate(torch.split(found, of_image.bincount().tolist())):
+            if len(of_one):
+                total[index] += of_one.sum(0)  # in one order, unlike index_add_ on CUDA
     return total / samples
 
 
