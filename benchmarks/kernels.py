@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from overhead import IN_GRAPHS as CONTENDERS
 from overhead import LIMIT, Step, contenders, inputs, provenance
 from torch import nn
 from torch.profiler import DeviceType, ProfilerActivity, profile
@@ -23,7 +24,6 @@ from torch.profiler import DeviceType, ProfilerActivity, profile
 from markdown_table import markdown_table  # isort: skip  (overhead knows where it is)
 
 STEPS = 5
-CONTENDERS = ("plain step", "interpgrad, shared forward")
 
 
 def milliseconds(model: nn.Module, step: Step) -> dict[str, float]:
