@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from oracle import relative_difference
+from test_docs import PREAMBLE, code_blocks
 from torch import nn
 
 from interpgrad import InterpretableGradientLoss
@@ -64,6 +65,20 @@ def test_a_step_in_a_cuda_graph(batch_norm):
         step()
         assert relative_difference(replayed, gradients(model)) < 1e-3
         torch.testing.assert_close(penalty, reg.penalty, rtol=1e-3, atol=0.0)
+
+
+def test_the_page_on_cuda_graphs():
+    """Its code runs, and what it replays are the gradients of its eager step."""
+    names = {"__name__": "page"}
+    for block in (PREAMBLE, *code_blocks("docs/how-to/cuda-graphs.md")):
+        exec(block, names)
+    names["regularized"]()
+    replayed = gradients(names["model"]).clone()
+    names["gradients"](True)
+    assert relative_difference(replayed, gradients(names["model"])) < 1e-3
+    names["weight"].zero_()
+    names["regularized"]()
+    assert relative_difference(replayed, gradients(names["model"])) > 1e-2
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])

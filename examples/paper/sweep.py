@@ -91,6 +91,7 @@ def training_options(experiment: Experiment, options: argparse.Namespace) -> arg
     words += ["--device", options.device, "--output", str(options.output / experiment.folder)]
     words += ["--width", str(options.scale * NETWORKS[experiment.network][1])]
     words += ["--limit", str(options.limit_training)] if options.limit_training else []
+    words += ["--one-cycle"] if options.one_cycle else []
     found = train.arguments(words)
     vars(found).update(asdict(experiment.setting))
     return found
@@ -161,6 +162,7 @@ def main() -> None:
     parser.add_argument("--scale", type=float, default=1.0, help="of the networks' widths (%(default)s)")
     parser.add_argument("--epochs", type=positive, default=200, help="(%(default)s)")
     parser.add_argument("--batch-size", type=positive, default=128, help="of the training (%(default)s)")
+    parser.add_argument("--one-cycle", action="store_true", help="the learning rate of short trainings")
     parser.add_argument("--limit-training", type=positive, help="at most so many images of a folder")
     parser.add_argument("--amp", choices=train.AMP, default="none", help="(%(default)s)")
     parser.add_argument("--jobs", type=positive, default=1, help="runs at once (%(default)s)")
