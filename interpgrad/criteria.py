@@ -49,12 +49,27 @@ def derivative_of(criterion: Criterion | str) -> Derivative:
 
 def _of_classes(derivative: Derivative, logits: Tensor, y: Tensor, create_graph: bool) -> Tensor:
     """The derivative at the logits, also where there is one for each image and y is binary, or its probability."""
+    if logits.device.type == "cpu":  # a GPU would have to be waited for
+        refuse_out_of_range(logits, y)
     classes, y = class_logits(logits), _targets(logits, y)
     if classes is logits:
         return derivative(logits, y, create_graph)
     y = y.reshape(classes[:, 0].shape) if y.numel() == logits.numel() else y
     of_both = derivative(classes, torch.stack([1 - y, y], 1) if y.is_floating_point() else y, create_graph)
     return ((of_both[:, 1] - of_both[:, 0]) / 2).view(logits.shape)
+
+
+def refuse_out_of_range(logits: Tensor, y: Any) -> None:
+    """Raise a ValueError if there are no logits for some class indices, with which a GPU ends the whole process."""
+    classes, y = class_logits(logits).shape[1], _targets(logits, y)
+    if y.is_floating_point() or not y.numel():
+        return
+    low, high = (int(end) for end in torch.where(y.long() == _IGNORED, 0, y.long()).aminmax())
+    if low < 0 or high >= classes:
+        raise ValueError(
+            f"expected class indices from 0 to {classes - 1}, or {_IGNORED} for images to ignore, got {low} to {high}: "
+            "compare the number of classes of the model with that of the dataset."
+        )
 
 
 def _log_prob(logits: Tensor, y: Tensor, create_graph: bool) -> Tensor:  # noqa: ARG001

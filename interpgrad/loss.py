@@ -250,7 +250,7 @@ class InterpretableGradientLoss(nn.Module):
 
     def get_extra_state(self) -> Tensor:
         """The step counter of `every`, `start` and `warmup`: all there is in `state_dict()`."""
-        return torch.tensor(self._step)
+        return torch.tensor(self._step, device="cpu")  # whatever the default
 
     def set_extra_state(self, state: Tensor) -> None:
         """Restore the step counter."""

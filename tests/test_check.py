@@ -1,6 +1,7 @@
 """interpgrad.check: what the report says of a model is so."""
 
 import contextlib
+import re
 
 import pytest
 import timm
@@ -16,7 +17,7 @@ from torch.autograd import Function
 from torch.utils.checkpoint import checkpoint
 from traces import assert_same_trace, trace
 
-from interpgrad import InterpretableGradientLoss, check
+from interpgrad import InterpretableGradientLoss, check, input_gradients
 
 
 def findings(model, x=None, **settings):
@@ -258,6 +259,19 @@ def test_a_checkpointed_model(reentrant):
 def test_no_path_to_the_images():
     found = findings(nn.Sequential(Apply(lambda h: h.detach()), small_net()))
     assert "torch.no_grad() or .detach()" in found["the loss"]
+
+
+@pytest.mark.parametrize("criterion", ["log_prob", "logit", "cross_entropy"])
+@pytest.mark.parametrize("off", [4, -5, -101])
+def test_targets_out_of_range(criterion, off):
+    """Named on a GPU too, where the loss itself does not look: there CUDA ends the process."""
+    x, y = data()
+    found = check(small_net(), x, torch.where(y == y[0], off, y), criterion=criterion)
+    assert re.search(r"expected class indices from 0 to 3.* got .*number of classes", str(found)), found
+    assert check(small_net(), x, torch.where(y == y[0], -100, y), criterion=criterion).ok
+    if x.is_cpu:
+        with pytest.raises(ValueError, match="expected class indices from 0 to 3, or -100"):
+            input_gradients(small_net(), x, torch.where(y == y[0], off, y), criterion=criterion)
 
 
 def test_an_output_without_logits():

@@ -183,6 +183,13 @@ def test_every_counter_survives_a_checkpoint():
     assert [bool(resumed(x, y)) for _ in range(3)] == [False, False, True]
 
 
+def test_the_counter_is_kept_off_the_default_device():
+    """On a GPU a checkpoint would have to be waited for, and on "meta" it would be lost."""
+    reg = InterpretableGradientLoss(small_net())
+    with torch.device("meta"):
+        assert reg.state_dict()["_extra_state"].device.type == "cpu"
+
+
 def test_start_waits_for_its_step_and_costs_nothing_before():
     """Zero, and the model is not called, at the first calls; `every` and `warmup` count from there."""
     model, (x, y) = small_net(), data()
