@@ -68,6 +68,13 @@ def overhead_cuda(stored: dict[str, Any]) -> str:
     )
 
 
+def kernels(stored: dict[str, Any]) -> str:
+    """The operations whose kernels take more than their share."""
+    from kernels import table
+
+    return "\n\n".join(table(result, rows=6) for result in stored["results"])
+
+
 def _in_a_graph(each: dict[str, Any]) -> list[str]:
     """The plain step's time, and the ratio to it of the regularized one."""
     if not each["in_cuda_graphs"]:
@@ -299,6 +306,7 @@ TABLES = {
     ("docs/evidence/index.md", "cifar10-gradients"): (cifar10_gradients, "cifar10.json"),
     ("docs/evidence/index.md", "cifar10-maps"): (cifar10_maps, "cifar10.json"),
     ("docs/evidence/cost.md", "overhead-cuda"): (overhead_cuda, "overhead-cuda.json"),
+    ("docs/evidence/cost.md", "kernels-cuda"): (kernels, "kernels-cuda.json"),
     ("docs/evidence/cost.md", "overhead"): (overhead, "overhead-cpu.json"),
     ("docs/evidence/evaluation.md", "evaluation"): (evaluation, "evaluation-cpu.json"),
     ("docs/evidence/zoo.md", "zoo"): (zoo, "zoo.json"),
