@@ -108,7 +108,7 @@ def test_from_training_to_tables(folder, tmp_path, monkeypatch):  # noqa: F811
 CAMS = ("grad_cam", "grad_cam_pp", "score_cam", "ablation_cam", "axiom_cam")
 MINIATURE = ("--networks", "resnet18", "--readings", "coupled", "--weights", "--errors", "--scale", 0.0625)
 MINIATURE += ("--epochs", 1, "--limit-training", 64, "--batch-size", 32, "--limit", 4, "--figures", 8)
-MINIATURE += ("--methods", *CAMS, "--device", "cpu")
+MINIATURE += ("--methods", *CAMS, "--device", "cpu", "--brief", "--one-cycle", "--amp", "bf16")
 
 
 def test_the_whole_pipeline_in_miniature(folder, tmp_path):  # noqa: F811
@@ -132,7 +132,8 @@ def test_the_whole_pipeline_in_miniature(folder, tmp_path):  # noqa: F811
         result = run("tables.py", *source, *files)
         assert result.returncode == 0, result.stderr
         text = (tmp_path / "RESULTS.md").read_text()
-        assert "3 settings, 6 runs: 1 epochs, batches of 32, width 4.0 of resnet18." in text
+        assert "3 settings, 6 runs: photos, 1 epochs, batches of 32, one cycle of the learning rate, " in text
+        assert "bf16, width 4.0 of resnet18." in text
         assert re.search(r"\| RESNET-18, Grad-CAM, ours +\| slides +\| 28\.09 ", text)
         assert re.search(
             r"\| +\| paper's loss, coupled statistics +\| \d+\.\d\d ± \d+\.\d\d \([+-]\d+\.\d\d\) [~✓✗]", text

@@ -44,9 +44,11 @@ def some(images: Images, count: int | None, device: torch.device | str = "cpu") 
     return Images(images.name, images.classes, images.train, (x[chosen].to(device), y[chosen].to(device)))
 
 
-def gradients_of(network: Network, many: Images, few: Images) -> dict[str, Any]:
-    """Figures of both gradients on many images; of their smoothed and randomized kin on a few."""
+def gradients_of(network: Network, many: Images, few: Images, *, brief: bool = False) -> dict[str, Any]:
+    """Figures of both gradients on many images; of their smoothed and randomized kin on a few, unless in brief."""
     found: dict[str, Any] = {name: evaluate(network.model, many, name) for name in ("log_prob", "logit")}
+    if brief:
+        return found
     return found | {"smoothed": smoothed(network.model, few), "randomized": randomized(network.model, few)}
 
 
@@ -54,6 +56,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """What is measured, and on which images."""
     parser.add_argument("--data", default="cifar100", help="cifar10, cifar100 or a folder (%(default)s)")
     parser.add_argument("--figures", type=positive, help="gradients of at most so many images (all)")
+    parser.add_argument("--brief", action="store_true", help="without SmoothGrad and random weights, which take long")
     add_protocol(parser)
 
 
@@ -67,7 +70,7 @@ def measure(folders: list[Path], options: argparse.Namespace) -> None:
         figures = folder / "figures.json"
         network.model.to(options.device)
         if not figures.exists():
-            save({"torch": torch.__version__} | gradients_of(network, many, few), figures)
+            save({"torch": torch.__version__} | gradients_of(network, many, few, brief=options.brief), figures)
         layer = last_layer(network, few.test[0][:2])
         for method in options.methods:
             evaluate_once(network, task, layer, method, options)

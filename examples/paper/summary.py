@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from pathlib import Path
 from typing import Any
 
 from compare import interval, percent
@@ -37,8 +38,9 @@ def summarized(runs: dict[str, Any]) -> Stored:
                     mean, low, high = interval(differences)
                     row[f"{method} {metric}"] |= {"difference": [mean, low, high]}
                     row[f"{method} {metric}"] |= {"differences": differences.mean(1).tolist()}
-        first = next(iter(seeds.values()))["run"]
-        row["about"] = {"seeds": len(seeds), "options": first["options"], "cosine": _cosine(seeds)}
+        options = next(iter(seeds.values()))["run"]["options"]
+        options |= {"data": Path(options["data"]).name}  # wherever that was
+        row["about"] = {"seeds": len(seeds), "options": options, "cosine": _cosine(seeds)}
         stored[name] = row
     return stored
 

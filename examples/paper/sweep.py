@@ -140,6 +140,7 @@ def estimate(experiments: list[Experiment], options: argparse.Namespace) -> str:
 
 
 def _seconds_per_step(options: argparse.Namespace, images: Images, steps: int = 5) -> float:
+    options.one_cycle = False  # which refuses steps beyond the last one
     run = train.start(options, images)
     x, y = (part[: options.batch].to(options.device) for part in images.train)
     run.step(x, y)

@@ -139,41 +139,28 @@ def power(stored: Stored) -> str:
         least |= {k: float(stats.t.ppf(0.975, 2 * k - 2)) * deviation * math.sqrt(2 / k) for k in (3, 5, 10)}
         seen = [f"{value:.2f}{' ✓' if abs(ours - baseline) > value else ''}" for value in least.values()]
         rows.append([*cells, f"{deviation:.2f}", *seen])
-    headings = [
-        "ResNet-18",
-        "slides, one run each",
-        "deviation between our seeds",
-        "1 seed",
-        *(f"{k} seeds" for k in (3, 5, 10)),
-    ]
+    headings = ["ResNet-18", "slides, one run each", "deviation between our seeds", "1 seed"]
+    headings += [f"{k} seeds" for k in (3, 5, 10)]
     return markdown_table(headings, rows)
 
 
 def rendered(stored: Stored) -> str:
-    tables = four_tables(stored)
-    about = next((row["about"] for row in stored.values()), None)
-    told = (
-        "No run is stored."
-        if about is None
-        else (
-            f"{len(stored)} settings, {sum(row['about']['seeds'] for row in stored.values())} runs: "
-            f"{about['options']['epochs']} epochs, batches of {about['options']['batch']}, width "
-            + ", ".join(
-                sorted({f"{row['about']['options']['width']} of {network_of(name)}" for name, row in stored.items()})
-            )
-            + "."
-        )
-    )
-    return (
-        "\n\n".join(
-            [
-                INTRODUCTION.format(told=told),
-                *map(str, tables),
-                "## What seeds could have shown\n\n" + POWER + "\n\n" + power(stored),
-            ]
-        )
-        + "\n"
-    )
+    """RESULTS.md."""
+    parts = [INTRODUCTION.format(told=_told(stored)), *map(str, four_tables(stored)), POWER, power(stored)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _told(stored: Stored) -> str:
+    """What was run."""
+    if not stored:
+        return "No run is stored."
+    options = next(iter(stored.values()))["about"]["options"]
+    widths = {f"{row['about']['options']['width']} of {network_of(name)}" for name, row in stored.items()}
+    runs = sum(row["about"]["seeds"] for row in stored.values())
+    rate = "one cycle of the learning rate" if options["one_cycle"] == "True" else "a learning rate in steps"
+    training = f"{options['data']}, {options['epochs']} epochs, batches of {options['batch']}, {rate}"
+    precision = options["amp"].replace("none", "fp32")
+    return f"{len(stored)} settings, {runs} runs: {training}, {precision}, width {', '.join(sorted(widths))}."
 
 
 INTRODUCTION = """# The paper's experiments
@@ -186,7 +173,9 @@ images, excludes 0 and the sign is the slides'), ✗ not reproduced (it excludes
 spread of seeds. What was not run is missing. Networks, images and lengths of training smaller than the paper's change
 the figures themselves: compare signs and sizes of differences, not levels."""
 
-POWER = """Two single runs, as in the slides, differ by chance: by more than the value under "1 seed" in one of twenty
+POWER = """## What seeds could have shown
+
+Two single runs, as in the slides, differ by chance: by more than the value under "1 seed" in one of twenty
 comparisons, at the deviation between our seeds. With k seeds of each, the smallest difference that a t-test at 5%
 finds; ✓ where the slides' is larger."""
 
