@@ -71,8 +71,8 @@ class InterpretableGradientLoss(nn.Module):
     Threads that use one model here, for losses, gradients, maps or metrics, wait for each other. Nothing waits for the
     model's own forward pass on another thread, which must not run at the same time.
 
-    With frozen statistics a sample's gradients depend on that sample alone; the extra pass normalizes with the
-    batch's statistics and does not update the running ones.
+    With frozen statistics no gradient runs through the other samples of the batch; the extra pass normalizes with
+    the batch's statistics and does not update the running ones.
 
     >>> model = nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 3))
     >>> reg = InterpretableGradientLoss(model, error="cos", lam=7.5e-3)
@@ -221,7 +221,7 @@ class InterpretableGradientLoss(nn.Module):
     def logs(self) -> dict[str, float]:
         """What to log of the last computed call: penalty, cosine and term, what was added to the loss.
 
-        Plain numbers, which any logger takes; empty before the first call. On a GPU it waits for the result.
+        Plain numbers, which any logger takes; empty before `start`. On a GPU it waits for the result.
         """
         if self.penalty is None or self.cosine is None or self._term is None:
             return {}

@@ -1,4 +1,4 @@
-"""Figures of gradients, class activation maps, insertion and deletion curves. Needs matplotlib (`interpgrad[plot]`).
+"""Figures of gradients, class activation maps, insertion and deletion curves. Needs matplotlib (the extra "plot").
 
 Every function takes tensors and returns a matplotlib Figure that belongs to no window and no global state: save it with
 `figure.savefig(path)`. Colours are told apart by every kind of colour vision; what is compared shares one scale.

@@ -1,4 +1,4 @@
-"""The faithfulness metrics as a torchmetrics.Metric. Needs torchmetrics: `pip install "interpgrad[eval]"`."""
+"""The faithfulness metrics as a torchmetrics.Metric. Needs torchmetrics (the extra "eval")."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ try:
     from torchmetrics import Metric
 except ImportError as reason:
     raise ImportError(
-        'expected torchmetrics for interpgrad.metrics.Faithfulness, found none: `pip install "interpgrad[eval]"`; '
+        "expected torchmetrics for interpgrad.metrics.Faithfulness, found none: `pip install torchmetrics`; "
         "interpgrad.metrics.faithfulness() does without."
     ) from reason
 
