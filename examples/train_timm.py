@@ -1,6 +1,6 @@
 """A timm training loop with the interpretable gradient loss: what it adds is marked with # +.
 
-    python examples/train_timm.py DATA --model resnet18 --num-classes 10
+    python examples/train_timm.py DATA --model resnet18 --num-classes 10 --lam 0.3 --every 4 --low-pass --start 5000
     torchrun --nproc-per-node 8 examples/train_timm.py DATA --model resnet50 --amp bfloat16 --channels-last --mixup 0.2
 
 For any release of timm; from 1.0.27 on, its own train.py needs two changed lines instead, which
@@ -20,23 +20,13 @@ from pathlib import Path
 import loss_options  # +
 import timm
 import torch
+from timm import utils
 from timm.data import Mixup, create_dataset, create_loader
 from timm.data.mixup import mixup_target
 from timm.loss import SoftTargetCrossEntropy
 from timm.models import load_checkpoint, resume_checkpoint
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
-from timm.utils import (
-    AverageMeter,
-    CheckpointSaver,
-    ModelEmaV3,
-    NativeScaler,
-    accuracy,
-    init_distributed_device,
-    is_primary,
-    random_seed,
-    reduce_tensor,
-)
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -79,10 +69,10 @@ def arguments() -> argparse.Namespace:
 def train_epoch(epoch, model, loader, mixup, loss_fn, reg, optimizer, scheduler, scaler, ema, args):
     """One pass over the training images."""
     model.train()
-    losses, shown = AverageMeter(), {}
+    losses, shown = utils.AverageMeter(), {}
     autocast = torch.autocast(args.device.type, getattr(torch, args.amp)) if args.amp else nullcontext()
     updates, batches = epoch * math.ceil(len(loader) / args.grad_accum_steps), len(loader)
-    with tqdm(loader, desc=f"epoch {epoch}", disable=not is_primary(args)) as progress:
+    with tqdm(loader, desc=f"epoch {epoch}", disable=not utils.is_primary(args)) as progress:
         for index, (x, y) in enumerate(progress):
             x, y = x.to(args.device), y.to(args.device)
             if args.channels_last:
@@ -121,24 +111,33 @@ def train_epoch(epoch, model, loader, mixup, loss_fn, reg, optimizer, scheduler,
 def validate(model: nn.Module, loader, args: argparse.Namespace) -> float:
     """Accuracy in percent."""
     model.eval()
-    meter = AverageMeter()
+    meter = utils.AverageMeter()
     for x, y in loader:
-        top1 = accuracy(model(x.to(args.device)), y.to(args.device))[0]
-        meter.update((reduce_tensor(top1, args.world_size) if args.distributed else top1).item(), len(x))
+        top1 = utils.accuracy(model(x.to(args.device)), y.to(args.device))[0]
+        meter.update((utils.reduce_tensor(top1, args.world_size) if args.distributed else top1).item(), len(x))
     return meter.avg
 
 
 def main() -> None:
     args = arguments()
-    args.device = init_distributed_device(args)
-    random_seed(args.seed, 0)
+    args.device = utils.init_distributed_device(args)
+    try:
+        train(args)
+    finally:
+        if args.distributed:  # when DDP is gone: it would wait for the group's thread, and that for Python
+            torch.distributed.destroy_process_group()
+
+
+def train(args: argparse.Namespace) -> None:
+    """All epochs."""
+    utils.random_seed(args.seed, 0)
     model = timm.create_model(args.model, num_classes=args.num_classes).to(args.device)
     if args.channels_last:
         model = model.to(memory_format=torch.channels_last)
     loss_options.check(model, args.img_size, args)  # +
     optimizer = create_optimizer_v2(model, opt=args.opt, lr=args.lr, weight_decay=args.weight_decay, momentum=0.9)
-    scaler = NativeScaler(args.device.type) if args.amp == "float16" else None
-    ema = ModelEmaV3(model, decay=args.model_ema) if args.model_ema else None
+    scaler = utils.NativeScaler(args.device.type) if args.amp == "float16" else None
+    ema = utils.ModelEmaV3(model, decay=args.model_ema) if args.model_ema else None
     split = next((name for name in ("val", "validation", "test") if (args.data / name).is_dir()), "val")
     for name in ("train", split):  # timm would take all of DATA for it
         if not (args.data / name).is_dir():
@@ -167,32 +166,29 @@ def main() -> None:
     first = 0
     if args.resume:
         whole = model.module if args.distributed else model
-        first = resume_checkpoint(whole, args.resume, optimizer, scaler, log_info=is_primary(args)) - 1
+        first = resume_checkpoint(whole, args.resume, optimizer, scaler, log_info=utils.is_primary(args)) - 1
         if ema:
             load_checkpoint(ema.module, args.resume, use_ema=True)
         if scheduler:
             scheduler.step_update(first * math.ceil(len(train_loader) / args.grad_accum_steps))
         reg.set_extra_state(torch.tensor(first * len(train_loader)))  # + the count of steps
     args.output.mkdir(parents=True, exist_ok=True)
-    saver = CheckpointSaver(model, optimizer, model_ema=ema, amp_scaler=scaler, checkpoint_dir=str(args.output))
-    if is_primary(args):
+    saver = utils.CheckpointSaver(model, optimizer, model_ema=ema, amp_scaler=scaler, checkpoint_dir=str(args.output))
+    if utils.is_primary(args):
         saver.save_checkpoint(first, 0.0)  # so that Ctrl-C leaves a checkpoint at any time
     try:
         for epoch in range(first, min(epochs, args.stop_after or epochs)):
-            random_seed(args.seed + epoch, args.rank)
+            utils.random_seed(args.seed + epoch, args.rank)
             if args.distributed:
                 train_loader.sampler.set_epoch(epoch)
             loss = train_epoch(epoch, model, train_loader, mixup, loss_fn, reg, optimizer, scheduler, scaler, ema, args)
             top1 = validate(ema.module if ema else model, loader, args)
-            if is_primary(args):
+            if utils.is_primary(args):
                 print(f"epoch {epoch}: loss {loss:.4f}, accuracy {top1:.2f}%")
                 saver.save_checkpoint(epoch + 1, top1)  # as many are finished
     except KeyboardInterrupt:
         print(f"interrupted: continue with --resume {args.output / 'last.pth.tar'}")
         raise SystemExit(130) from None
-    finally:
-        if args.distributed:
-            torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

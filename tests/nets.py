@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 
 # Torch's own: the streams of a CPU lack what FSDP2 asks of them, in torch 2.6.
-fsdp2_runs = pytest.mark.skipif(not hasattr(torch.cpu.Stream, "record_event"), reason="no FSDP2 on CPUs in this torch")
+FSDP2_RUNS = hasattr(torch.cpu.Stream, "record_event")
+fsdp2_runs = pytest.mark.skipif(not FSDP2_RUNS, reason="no FSDP2 on CPUs in this torch")
 
 
 def seeded(seed):
