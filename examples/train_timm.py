@@ -121,15 +121,6 @@ def validate(model: nn.Module, loader, args: argparse.Namespace) -> float:
 def main() -> None:
     args = arguments()
     args.device = utils.init_distributed_device(args)
-    try:
-        train(args)
-    finally:
-        if args.distributed:  # when DDP is gone: it would wait for the group's thread, and that for Python
-            torch.distributed.destroy_process_group()
-
-
-def train(args: argparse.Namespace) -> None:
-    """All epochs."""
     utils.random_seed(args.seed, 0)
     model = timm.create_model(args.model, num_classes=args.num_classes).to(args.device)
     if args.channels_last:
@@ -186,9 +177,14 @@ def train(args: argparse.Namespace) -> None:
             if utils.is_primary(args):
                 print(f"epoch {epoch}: loss {loss:.4f}, accuracy {top1:.2f}%")
                 saver.save_checkpoint(epoch + 1, top1)  # as many are finished
+        if args.distributed:
+            torch.distributed.barrier()  # torch 2.6 may wait for ever where a group ends right behind a reduction
     except KeyboardInterrupt:
         print(f"interrupted: continue with --resume {args.output / 'last.pth.tar'}")
         raise SystemExit(130) from None
+    finally:
+        if args.distributed:
+            torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -129,15 +129,6 @@ def main() -> None:
         if args.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     args.device = torch.device(args.device)
-    try:
-        train(args)
-    finally:
-        if args.distributed:  # when DDP is gone: it would wait for the group's thread, and that for Python
-            dist.destroy_process_group()
-
-
-def train(args: argparse.Namespace) -> None:
-    """All epochs."""
     seed_everything(args.seed)
     loader, test_loader, classes = load_data(args)
     model = torchvision.models.get_model(args.model, weights=None, num_classes=classes).to(args.device)
@@ -182,9 +173,14 @@ def train(args: argparse.Namespace) -> None:
             if args.rank == 0:
                 print(f"epoch {epoch}: accuracy {accuracy:.2f}%")
             save(epoch + 1)
+        if args.distributed:
+            dist.barrier()  # torch 2.6 may wait for ever where a group ends right behind a reduction
     except KeyboardInterrupt:
         print(f"interrupted: continue with --resume {path}")
         raise SystemExit(130) from None
+    finally:
+        if args.distributed:
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":
