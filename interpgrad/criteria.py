@@ -49,18 +49,21 @@ def derivative_of(criterion: Criterion | str) -> Derivative:
 
 def _of_classes(derivative: Derivative, logits: Tensor, y: Tensor, create_graph: bool) -> Tensor:
     """The derivative at the logits, also where there is one for each image and y is binary, or its probability."""
-    if logits.device.type == "cpu":  # a GPU would have to be waited for
-        refuse_out_of_range(logits, y)
     classes, y = class_logits(logits), _targets(logits, y)
-    if classes is logits:
-        return derivative(logits, y, create_graph)
-    y = y.reshape(classes[:, 0].shape) if y.numel() == logits.numel() else y
-    of_both = derivative(classes, torch.stack([1 - y, y], 1) if y.is_floating_point() else y, create_graph)
-    return ((of_both[:, 1] - of_both[:, 0]) / 2).view(logits.shape)
+    try:
+        if classes is logits:
+            return derivative(logits, y, create_graph)
+        y = y.reshape(classes[:, 0].shape) if y.numel() == logits.numel() else y
+        of_both = derivative(classes, torch.stack([1 - y, y], 1) if y.is_floating_point() else y, create_graph)
+        return ((of_both[:, 1] - of_both[:, 0]) / 2).view(logits.shape)
+    except (IndexError, RuntimeError):
+        if logits.device.type == "cpu":  # with CUDA all is lost by then
+            refuse_out_of_range(logits, y)
+        raise
 
 
 def refuse_out_of_range(logits: Tensor, y: Any) -> None:
-    """Raise a ValueError if there are no logits for some class indices, with which a GPU ends the whole process."""
+    """Raise a ValueError if there are no logits for some class indices. On a GPU this waits for the device."""
     classes, y = class_logits(logits).shape[1], _targets(logits, y)
     if y.is_floating_point() or not y.numel():
         return

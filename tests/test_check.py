@@ -272,6 +272,9 @@ def test_targets_out_of_range(criterion, off):
     if x.is_cpu:
         with pytest.raises(ValueError, match="expected class indices from 0 to 3, or -100"):
             input_gradients(small_net(), x, torch.where(y == y[0], off, y), criterion=criterion)
+        one_logit = nn.Sequential(small_net(), nn.Linear(4, 1).double())
+        with pytest.raises(ValueError, match="expected class indices from 0 to 1, or -100"):
+            input_gradients(one_logit, x, torch.where(y == y[0], off, 1), criterion=criterion)
 
 
 def test_an_output_without_logits():
