@@ -12,6 +12,7 @@ from pathlib import Path
 import filelock
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 pytestmark = pytest.mark.cpu("the experiments choose their device")
@@ -92,6 +93,13 @@ def test_from_training_to_tables(folder, tmp_path, monkeypatch):  # noqa: F811
             trained(monkeypatch, *SMALL, *settings, "--data", folder, "--output", runs / f"{name}-{seed}")
     result = run("measure.py", *sorted(runs.iterdir()), "--data", folder, "--limit", 4, "--protocol", "ca_stream")
     assert result.returncode == 0, result.stderr
+    pair = runs / "without-0", runs / "with-0"
+    result = run("measure.py", *pair, "--data", folder, "--pictures", tmp_path / "pictures", "--methods", "grad_cam")
+    assert result.returncode == 0, result.stderr
+    for name in ("gradients", "maps"):
+        shown = Image.open(tmp_path / "pictures" / f"{name}.png").convert("L")
+        assert shown.width > 200
+        assert shown.getextrema()[0] < 100, "an empty picture"
     result = run("compare.py", runs, "--json", tmp_path / "compared.json")
     assert result.returncode == 0, result.stderr
     assert "4 images of 32x32; seeds: without 2, with 2" in result.stdout
@@ -141,6 +149,8 @@ def test_the_whole_pipeline_in_miniature(folder, tmp_path):  # noqa: F811
         assert re.search(r"of 50 differences in the slides, .*25 missing\.", text)
         assert re.search(r"\| paper's loss, frozen statistics +\| missing +\|", text)
         assert "## Table 4" in text
+        assert ("![maps](maps.png)" in text) == (tmp_path / "maps.png").exists()
+        (tmp_path / "maps.png").touch()
 
 
 @pytest.mark.parametrize(
@@ -186,3 +196,14 @@ def test_fractions_of_earlier_files():
     runs = {"0": {"maps": {"grad_cam": old}}, "1": {"maps": {"grad_cam": new}}}
     found = compare.percent(runs, ["0", "1"], "grad_cam", "AD")
     torch.testing.assert_close(found, torch.tensor([[50.0, 25.0], [50.0, 25.0]], dtype=torch.float64))
+
+
+def test_results_are_those_stored():
+    """RESULTS.md is what tables.py makes of the stored runs."""
+    results, text = ROOT / "examples/paper/results/runs.json", ROOT / "examples/paper/RESULTS.md"
+    again = text.with_name("AGAIN.md")
+    try:
+        assert run("tables.py", "--json", results, "--output", again).returncode == 0
+        assert again.read_text() == text.read_text()
+    finally:
+        again.unlink(missing_ok=True)

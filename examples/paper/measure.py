@@ -18,12 +18,14 @@ from torch.utils.data import TensorDataset
 
 sys.path.append(str(Path(__file__).parent.parent))
 from classifiers import Network, last_layer, network_of
-from evaluate import Task, add_protocol, evaluate_once
+from evaluate import TITLES, Task, add_protocol, evaluate_once
 from figures import evaluate, randomized, smoothed
 from images import BadInputError, Images
 from networks import build
 from quickstart import picture, positive
 from train import read
+
+from interpgrad import plot, saliency
 
 
 def load(folder: Path, images: Images) -> Network:
@@ -77,6 +79,24 @@ def measure(folders: list[Path], options: argparse.Namespace) -> None:
         print(f"measured {folder}")
 
 
+def pictures(folders: list[Path], options: argparse.Namespace) -> None:
+    """The paper's "Gradient visualization" and "Qualitative results" of two runs, without the loss and with it."""
+    images = read(options.data, 100)
+    networks = [load(folder, images) for folder in folders]
+    options.pictures.mkdir(parents=True, exist_ok=True)
+    few = some(images, 6)
+    picture(*(network.model for network in networks), few, options.pictures / "gradients.png")
+    (x, y), columns = few.test, {}
+    for method in (each for each in options.methods if each in saliency.CAMS):
+        for network, name in zip(networks, ("without", "with"), strict=True):
+            columns[f"{TITLES[method]}\n{name}"] = saliency.CAMS[method](
+                network.model, x, last_layer(network, x[:2]), y
+            )
+    labels = [images.classes[int(label)] for label in y]
+    figure = plot.cams(x, columns, labels=labels, title=f"Class activation maps of the class, held-out {images.name}")
+    figure.savefig(options.pictures / "maps.png", dpi=80)
+
+
 def save(found: dict[str, Any], path: Path) -> None:
     """All or nothing."""
     partial = path.with_suffix(".partial")
@@ -87,14 +107,14 @@ def save(found: dict[str, Any], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("runs", nargs="+", type=Path, help="folders of train.py")
-    parser.add_argument("--picture", type=Path, help="draw the gradients of the first two runs here, and do no more")
+    parser.add_argument(
+        "--pictures", type=Path, help="draw the first two runs' gradients and maps in this folder instead"
+    )
     add_options(parser)
     options = parser.parse_args()
     try:
-        if options.picture:
-            images = read(options.data, 100)
-            models = [load(folder, images).model for folder in options.runs[:2]]
-            picture(*models, some(images, options.limit), options.picture)
+        if options.pictures:
+            pictures(options.runs[:2], options)
         else:
             measure(options.runs, options)
     except BadInputError as reason:

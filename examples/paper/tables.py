@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,8 @@ from typing import Any
 import compare
 from compare import METRICS, TITLES
 from markdown_table import markdown_table
+from power import POWER, power
 from runs import BEST, KINDS, name_of, network_of
-from scipy import stats
 from slides import ACCURACY, OF_ERRORS, OF_MAPS, OF_WEIGHTS, PLAIN
 from summary import COLUMNS, Stored, summarized
 
@@ -120,33 +120,12 @@ def four_tables(stored: Stored) -> list[Table]:
     return [one, two, three, four]
 
 
-def power(stored: Stored) -> str:
-    """Which of the slides' differences so many seeds could show, at the spread between our seeds."""
-    base = stored.get(name_of("resnet18", "without"), {})
-    claims = {"accuracy": ACCURACY["resnet18"]}
-    claims |= {
-        f"grad_cam {metric}": tuple(OF_MAPS["resnet18"]["grad_cam"][side][index] for side in (0, 1))
-        for index, metric in enumerate(COLUMNS)
-    }
-    rows = []
-    for figure, (baseline, ours) in claims.items():
-        deviation = base.get(figure, {}).get("deviation")
-        cells = [figure.replace("grad_cam", "Grad-CAM"), f"{baseline:.2f} → {ours:.2f} ({ours - baseline:+.2f})"]
-        if deviation is None:
-            rows.append([*cells, *["missing"] * 5])
-            continue
-        least = {1: float(stats.norm.ppf(0.975)) * deviation * math.sqrt(2)}
-        least |= {k: float(stats.t.ppf(0.975, 2 * k - 2)) * deviation * math.sqrt(2 / k) for k in (3, 5, 10)}
-        seen = [f"{value:.2f}{' ✓' if abs(ours - baseline) > value else ''}" for value in least.values()]
-        rows.append([*cells, f"{deviation:.2f}", *seen])
-    headings = ["ResNet-18", "slides, one run each", "deviation between our seeds", "1 seed"]
-    headings += [f"{k} seeds" for k in (3, 5, 10)]
-    return markdown_table(headings, rows)
-
-
-def rendered(stored: Stored) -> str:
+def rendered(stored: Stored, pictures: list[Path]) -> str:
     """RESULTS.md."""
-    parts = [INTRODUCTION.format(told=_told(stored)), *map(str, four_tables(stored)), POWER, power(stored)]
+    parts = ["# The paper's experiments", START, INTRODUCTION.format(told=_told(stored))]
+    parts += [*map(str, four_tables(stored)), POWER, power(stored), END]
+    parts += ["## Pictures\n\n" + PICTURES] if pictures else []
+    parts += [f"![{path.stem}]({path.as_posix()})" for path in pictures]
     return "\n\n".join(parts) + "\n"
 
 
@@ -163,9 +142,8 @@ def _told(stored: Stored) -> str:
     return f"{len(stored)} settings, {runs} runs: {training}, {precision}, width {', '.join(sorted(widths))}."
 
 
-INTRODUCTION = """# The paper's experiments
-
-Made by `tables.py` from the runs of `sweep.py`; do not edit. {told}
+START, END = "<!-- --8<-- [start:tables] -->", "<!-- --8<-- [end:tables] -->"  # what docs/evidence/paper.md shows
+INTRODUCTION = """Made by `tables.py` from the runs of `sweep.py`; do not edit. {told}
 
 The slides' figures are of one run each. Ours: mean ± standard deviation over seeds, in brackets the mean difference to
 the network of the same seed without the loss. Marks on differences: ✓ reproduced (the 95% interval, over seeds and
@@ -173,11 +151,8 @@ images, excludes 0 and the sign is the slides'), ✗ not reproduced (it excludes
 spread of seeds. What was not run is missing. Networks, images and lengths of training smaller than the paper's change
 the figures themselves: compare signs and sizes of differences, not levels."""
 
-POWER = """## What seeds could have shown
-
-Two single runs, as in the slides, differ by chance: by more than the value under "1 seed" in one of twenty
-comparisons, at the deviation between our seeds. With k seeds of each, the smallest difference that a t-test at 5%
-finds; ✓ where the slides' is larger."""
+PICTURES = """The slides' "Gradient visualization" and "Qualitative results", for the network without the loss and the
+one with the paper's loss of the first seed (`measure.py --pictures`)."""
 
 
 def main() -> None:
@@ -190,7 +165,9 @@ def main() -> None:
         stored = summarized(compare.read(options.runs, list(CAMS)))
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(stored, ensure_ascii=False).replace('}, "', '},\n"') + "\n")
-    options.output.write_text(rendered(json.loads(options.json.read_text())))
+    pictures = [options.json.with_name(f"{name}.png") for name in ("gradients", "maps")]
+    found = [Path(os.path.relpath(each, options.output.parent)) for each in pictures if each.exists()]
+    options.output.write_text(rendered(json.loads(options.json.read_text()), found))
     print(f"wrote {options.output}")
 
 
