@@ -6,6 +6,7 @@ import sys
 import hypothesis
 import pytest
 import torch
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
 # Deterministic, and without deadlines: shared machines are slow at times, which is no property of the code.
@@ -37,6 +38,8 @@ class DrawnOnTheCPU(TorchFunctionMode):
 
     MADE = frozenset({torch.rand, torch.randn, torch.randint, torch.randperm})
     FILLED = frozenset({torch.Tensor.uniform_, torch.Tensor.normal_})
+    # Of nn.init, those that hand themselves to a mode, which is off in what they call.
+    FILLED |= {nn.init.uniform_, nn.init.normal_, nn.init.kaiming_uniform_, nn.init.kaiming_normal_}
 
     def __init__(self, device):
         super().__init__()
@@ -49,9 +52,11 @@ class DrawnOnTheCPU(TorchFunctionMode):
         if func in self.MADE and here and not drawn_here:
             recorded = kwargs.pop("requires_grad", False)
             return func(*args, **kwargs | {"device": "cpu"}).to(self.device).requires_grad_(recorded)
-        if func in self.FILLED and args[0].device.type == self.device.type:
-            drawn = func(torch.empty_like(args[0], device="cpu", requires_grad=False), *args[1:], **kwargs)
-            return args[0].copy_(drawn)
+        if func in self.FILLED:
+            filled, *rest = (kwargs.pop("tensor"), *args) if "tensor" in kwargs else args
+            drawn = func(torch.empty_like(filled, device="cpu", requires_grad=False), *rest, **kwargs)
+            with torch.no_grad():
+                return filled.copy_(drawn)
         return func(*args, **kwargs)
 
 
