@@ -10,7 +10,7 @@ import math
 import re
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +29,24 @@ def overhead(stored: dict[str, Any]) -> str:
     headings = [*(name.removeprefix("interpgrad, ") for name in names), "peak memory"]
     lines = []
     for each in results:
-        rows, layout = each["rows"], ", channels_last" if each["layout"] == "channels_last" else ""
-        cells = [f"{rows[name]['ratio']:.2f}" if name in rows else "wrong gradient" for name in names]
-        cells.append(f"{rows['interpgrad, shared forward']['peak_ratio']:.2f}")
-        lines.append([f"{each['model']}, {each['size']}², batch {each['batch']}{layout}", *cells])
+        lines.append([f"{each['model']}, {each['size']}², batch {each['batch']}{_layout(each)}", *_ratios(each, names)])
+        lines[-1].append(f"{each['rows']['interpgrad, shared forward']['peak_ratio']:.2f}")
     return (
         f"{markdown_table(['', *headings], lines)}\n\n"
         f"Measured on {stored['date']}: {stored['machine']}, {stored['threads']} threads, torch {stored['torch']}, "
         f"fp32; medians of alternating steps, ratios to a plain step. The limit is 7/3 = 2.33."
     )
+
+
+def _layout(each: dict[str, Any]) -> str:
+    return ", channels_last" if each["layout"] == "channels_last" else ""
+
+
+def _ratios(each: dict[str, Any], names: Iterable[str]) -> list[str]:
+    """To the plain step, of these contenders, or why there is none."""
+    rows, wrong = each["rows"], each["wrong"]
+    why = {name: "nan" if math.isnan(off) else "wrong gradient" for name, off in wrong.items()}
+    return [f"{rows[name]['ratio']:.2f}" if name in rows else why[name] for name in names]
 
 
 def overhead_cuda(stored: dict[str, Any]) -> str:
@@ -53,14 +62,9 @@ def overhead_cuda(stored: dict[str, Any]) -> str:
     headings += ["plain step in a CUDA graph", "shared forward in a CUDA graph", "peak memory"]
     lines = []
     for each in stored["results"]:
-        rows, where = each["rows"], [each["precision"], *[each["layout"]] * (each["layout"] == "channels_last")]
-        cells = [f"{rows['plain step']['ms']:.1f} ms"]
-        for name in names:
-            off = each["wrong"].get(name)
-            cells.append(f"{rows[name]['ratio']:.2f}" if off is None else "nan" if off != off else "wrong gradient")
-        cells += _in_a_graph(each)
-        cells.append(f"{rows['interpgrad, shared forward']['peak_ratio']:.2f}")
-        lines.append([f"{each['model']}, {each['size']}², batch {each['batch']}, {', '.join(where)}", *cells])
+        title = f"{each['model']}, {each['size']}², batch {each['batch']}, {each['precision']}{_layout(each)}"
+        lines.append([title, f"{each['rows']['plain step']['ms']:.1f} ms", *_ratios(each, names), *_in_a_graph(each)])
+        lines[-1].append(f"{each['rows']['interpgrad, shared forward']['peak_ratio']:.2f}")
     return (
         f"{markdown_table(['', *headings], lines)}\n\n"
         f"Measured on {stored['date']}: {stored['machine']}, torch {stored['torch']}; medians of alternating steps, "
@@ -97,12 +101,11 @@ def costs(stored: dict[str, Any]) -> str:
         (each,) = [each for each in stored["results"] if configuration.items() <= each.items()]
         rows = each["rows"]
         in_the_papers_reading.append(rows["interpgrad, coupled, shared forward"]["ratio"])
-        cells = [f"{rows[name]['ratio']:.2f}" for name in (usual, call, shared)]
+        cells = _ratios(each, (usual, call, shared))
         # The recipe has the loss at one of four steps of the second half.
         cells += [_in_a_graph(each)[1], f"{1 + (rows[shared]['ratio'] - 1) / 8:.2f}"]
         cells += [f"{rows[name]['peak_ratio']:.2f}" for name in (call, shared)]
-        layout = ", channels_last" if each["layout"] == "channels_last" else ""
-        lines.append([f"{each['model']}, {each['size']}², {each['batch']}, {each['precision']}{layout}", *cells])
+        lines.append([f"{each['model']}, {each['size']}², {each['batch']}, {each['precision']}{_layout(each)}", *cells])
     low, high = min(in_the_papers_reading), max(in_the_papers_reading)
     return (
         f"{markdown_table(['', *columns], lines)}\n\n{stored['machine']}, {stored['date']}. *As usually written*: the "
