@@ -261,6 +261,7 @@ def inputs(
     return model, x, y, autocast
 
 
+CONFIGURATION = ("model", "batch", "precision", "layout", "size", "device")
 IN_GRAPHS = ("plain step", "interpgrad, shared forward")
 
 
@@ -432,6 +433,7 @@ def arguments() -> argparse.Namespace:
     layouts = ["contiguous", "channels_last"]
     parser.add_argument("--layout", nargs="+", default=layouts[:1], choices=layouts, help="memory format (contiguous)")
     parser.add_argument("--json", type=Path, help="add the results to this file")
+    parser.add_argument("--missing", action="store_true", help="leave out what the file already holds")
     parser.add_argument("--plot", type=Path, help="write a bar chart of all results in the run, or in the file")
     options = parser.parse_args()
     if options.repeat < 2:
@@ -444,7 +446,11 @@ def main() -> None:
     for name in options.models:
         build(name)  # an unknown name must not surface after an hour
     results = json.loads(options.json.read_text())["results"] if options.json and options.json.exists() else []
-    for name, batch, precision, layout in itertools.product(options.models, options.batch, options.amp, options.layout):
+    stored = {tuple(each[key] for key in CONFIGURATION) for each in results}
+    for configuration in itertools.product(options.models, options.batch, options.amp, options.layout):
+        name, batch, precision, layout = configuration
+        if options.missing and (*configuration, options.size, options.device) in stored:
+            continue
         results.append(measure(name, precision, layout, argparse.Namespace(**vars(options) | {"batch": batch})))
         print(table(results[-1]), end="\n\n", flush=True)
         if options.json:

@@ -83,7 +83,7 @@ class TowardsSmoothGrad(Run):
     def objective(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         target = saliency.smooth_gradient(
             self.model, x, y, samples=self.samples, criterion="log_prob", chunk_size=None,
-            generator=torch.Generator().manual_seed(self.done),
+            generator=torch.Generator(x.device).manual_seed(self.done),
         )  # fmt: skip
         target = low_pass(target)
         self.regularizer.error = lambda delta, _: cos(delta, target)
@@ -124,13 +124,13 @@ ATTEMPTS = {
 }
 
 
-def measure(name: str, data: Path, seed: int) -> dict[str, Any]:
+def measure(name: str, data: Path, device: str, seed: int) -> dict[str, Any]:
     """Both gradients' figures of one trained network, and what averaging adds on a few images."""
     attempt = ATTEMPTS[name]
-    images = photographs(data, 10_000, 2_000)
+    images = photographs(data, 10_000, 2_000).to(device)
     x, y = images.train
     torch.manual_seed(seed)
-    model = attempt.network(small_resnet(len(images.classes))).to(memory_format=torch.channels_last)
+    model = attempt.network(small_resnet(len(images.classes))).to(device, memory_format=torch.channels_last)
     steps = attempt.epochs * (len(x) // BATCH)
     runs = [one_cycle(attempt.setting, model, steps, kind=attempt.kind)]
     if attempt.finetuned:
@@ -141,7 +141,7 @@ def measure(name: str, data: Path, seed: int) -> dict[str, Any]:
         while run.done < steps:
             for chosen in torch.randperm(len(x), generator=generator).split(BATCH)[: len(x) // BATCH]:
                 run.step(augment(x[chosen], generator), y[chosen])
-    trained = small_resnet(len(images.classes))  # guided everywhere, however it was trained
+    trained = small_resnet(len(images.classes)).to(device)  # guided everywhere, however it was trained
     trained.load_state_dict(model.state_dict())
     x, y = images.test
     few = Images(images.name, images.classes, images.train, (x[::5], y[::5]))
@@ -155,8 +155,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True, help="results, added to after every network")
     parser.add_argument("--names", nargs="+", choices=ATTEMPTS, default=list(ATTEMPTS), help="(all, in this order)")
     parser.add_argument("--jobs", type=int, help="processes (one per core)")
+    parser.add_argument("--device", default="cpu", help="(%(default)s)")
     options = parser.parse_args()
-    todo = [(name, seed, (name, options.data)) for seed in SEEDS for name in options.names]
+    todo = [(name, seed, (name, options.data, options.device)) for seed in SEEDS for name in options.names]
     run_missing(options.json, todo, measure, options.jobs, {"epochs": EPOCHS, "images": 10_000})
 
 

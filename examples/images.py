@@ -28,6 +28,11 @@ class Images:
     test: tuple[Tensor, Tensor]
     evidence: Tensor | None = None  # (N, 32, 32) bool: where in the test images the evidence lies, if known
 
+    def to(self, device: torch.device | str) -> Images:
+        """The same on another device."""
+        pairs = [(x.to(device), y.to(device)) for x, y in (self.train, self.test)]
+        return Images(self.name, self.classes, *pairs, None if self.evidence is None else self.evidence.to(device))
+
 
 def digits_on_photographs(train: int, test: int) -> Images:
     """Scanned handwritten digits at random places on crops of two photographs, all bundled with scikit-learn.

@@ -63,6 +63,10 @@ def test_a_tiny_run(tmp_path):
             assert row["peak_mib"] > 0
             assert row["of_limit"] == pytest.approx(7 / 3 / row["ratio"])
     assert (tmp_path / "o.png").stat().st_size > 10_000
+    again = run("--models", "squeezenet1_1", *options, *variants, "--missing", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert again.stdout == ""
+    assert json.loads((tmp_path / "o.json").read_text())["results"] == stored["results"]
 
 
 def test_contenders_with_a_wrong_gradient_are_not_timed(tmp_path):
