@@ -61,7 +61,8 @@ def overhead_cuda(stored: dict[str, Any]) -> str:
     headings = ["plain step", *(name.removeprefix("interpgrad, ") for name in names)]
     headings += ["plain step in a CUDA graph", "shared forward in a CUDA graph", "peak memory"]
     lines = []
-    for each in stored["results"]:
+    models = [each["model"] for each in stored["results"]]
+    for each in sorted(stored["results"], key=lambda each: models.index(each["model"])):
         title = f"{each['model']}, {each['size']}², batch {each['batch']}, {each['precision']}{_layout(each)}"
         lines.append([title, f"{each['rows']['plain step']['ms']:.1f} ms", *_ratios(each, names), *_in_a_graph(each)])
         lines[-1].append(f"{each['rows']['interpgrad, shared forward']['peak_ratio']:.2f}")
@@ -117,12 +118,12 @@ def gains(stored: dict[str, Any]) -> str:
     """What the recipe changes, on digits and on photographs: differences by seed, with intervals over the seeds."""
     digits, without = stored["rows"], "without"
     (recipe,) = digits.keys() - {without}
-    photographs = json.loads((RESULTS / "cifar10.json").read_text())["figures"]
+    photographs = json.loads((RESULTS / "cifar10-resnet18.json").read_text())["figures"]
     found = {
         "digits on photographs": [digits[without], digits[recipe]],
-        "photographs (CIFAR-10)": [
-            [photographs[name][seed]["log_prob"] for seed in sorted(photographs[without])]
-            for name in (without, "recipe")
+        "photographs (CIFAR-10, ResNet-18)": [
+            [each["log_prob"] for _, each in sorted(photographs[name].items())]
+            for name in ("resnet18_without", "resnet18_recipe")
         ],
     }
     columns = {"accuracy": "accuracy", "cosine": "cos(δ, δᴳ)", "smooth": "smoothness", "on digit": "δ on the digit"}
@@ -200,7 +201,7 @@ def cifar10_maps(stored: dict[str, Any]) -> str:
 
 
 def attempts(stored: dict[str, Any]) -> str:
-    """The attempts, each beside the network of the same seed without the loss."""
+    """The attempts, each beside the network of the same seed trained as long, and in the same way, without the loss."""
     from figures import both_gradients, paired_table
 
     rows = {}
@@ -209,7 +210,11 @@ def attempts(stored: dict[str, Any]) -> str:
             seed: both_gradients(figures) | {"insertion": figures["smoothed"]["insertion"][0]}
             for seed, figures in sorted(seeds.items())
         }
-    return paired_table(rows, "without")
+    groups: dict[str, dict[str, Any]] = {}  # by the network that the others are compared with
+    for title, seeds in rows.items():
+        base = f"{title.partition(',')[0]}, without"
+        groups.setdefault(base if base in rows else "without", {})[title] = seeds
+    return "\n\n".join(paired_table({base: group[base]} | group, base) for base, group in groups.items())
 
 
 def zoo(stored: dict[str, Any]) -> str:
@@ -313,6 +318,8 @@ TABLES = {
     ("docs/evidence/index.md", "attempts"): (attempts, "attempts.json"),
     ("docs/evidence/index.md", "cifar10-gradients"): (cifar10_gradients, "cifar10.json"),
     ("docs/evidence/index.md", "cifar10-maps"): (cifar10_maps, "cifar10.json"),
+    ("docs/evidence/index.md", "resnet18-gradients"): (cifar10_gradients, "cifar10-resnet18.json"),
+    ("docs/evidence/index.md", "resnet18-maps"): (cifar10_maps, "cifar10-resnet18.json"),
     ("docs/evidence/cost.md", "overhead-cuda"): (overhead_cuda, "overhead-cuda.json"),
     ("docs/evidence/cost.md", "kernels-cuda"): (kernels, "kernels-cuda.json"),
     ("docs/evidence/cost.md", "overhead"): (overhead, "overhead-cpu.json"),

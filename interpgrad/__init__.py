@@ -8,8 +8,9 @@ costs a fifth to a third more training time. The defaults are neither this nor t
     )
 
 In the tests of this project, three seeds each, it doubles the cosine of input and guided gradients on digits, without a
-loss of accuracy that could be seen, and puts more of the gradient on the digit. On CIFAR-10 the cosine rises by a half,
-for 0.4 points of accuracy, and class activation maps become no more faithful.
+loss of accuracy that could be seen, and puts more of the gradient on the digit. On CIFAR-10 a ResNet-18's cosine
+triples, from 0.03, for 0.8 points of accuracy, and class activation maps become less faithful by average drop, gain and
+increase.
 """
 
 import importlib
