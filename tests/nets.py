@@ -61,7 +61,7 @@ def relu_twice(h, relu):
 _SHARED = nn.ReLU()
 
 
-def _on_slice(inplace):
+def on_slice(inplace):
     def rectify(h):
         half = h.shape[1] // 2
         inplace(h[:, :half])
@@ -115,14 +115,14 @@ SPELLINGS = {
     "F.rrelu in evaluation": (lambda h: F.rrelu(h, 0.2, 0.2), lambda h: F.leaky_relu(h, 0.2)),
     "F.rrelu in training": (lambda h: F.rrelu(h, 0.2, 0.2, training=True), lambda h: F.leaky_relu(h, 0.2)),
     "and a skip connection": (lambda h: relu_twice(h, F.relu), lambda h: relu_twice(h, F.relu)),
-    "in place on a slice": (_on_slice(torch.relu_), _slice_reference(F.relu)),
+    "in place on a slice": (on_slice(torch.relu_), _slice_reference(F.relu)),
     "in place on a view": (lambda h: h.flatten(1).relu_().view_as(h), F.relu),
-    "clamp_ on a slice": (_on_slice(lambda v: v.clamp_(min=0)), _slice_reference(F.relu)),
-    "clamp_min_ on a slice": (_on_slice(lambda v: v.clamp_min_(0)), _slice_reference(F.relu)),
-    "clamp_(0, 6) on a slice": (_on_slice(lambda v: v.clamp_(0, 1)), _slice_reference(lambda h: F.hardtanh(h, 0, 1))),
-    "hardtanh_ on a slice": (_on_slice(F.hardtanh_), _slice_reference(F.hardtanh)),
+    "clamp_ on a slice": (on_slice(lambda v: v.clamp_(min=0)), _slice_reference(F.relu)),
+    "clamp_min_ on a slice": (on_slice(lambda v: v.clamp_min_(0)), _slice_reference(F.relu)),
+    "clamp_(0, 6) on a slice": (on_slice(lambda v: v.clamp_(0, 1)), _slice_reference(lambda h: F.hardtanh(h, 0, 1))),
+    "hardtanh_ on a slice": (on_slice(F.hardtanh_), _slice_reference(F.hardtanh)),
     "leaky_relu_ on a slice": (
-        _on_slice(lambda v: F.leaky_relu_(v, 0.2)),
+        on_slice(lambda v: F.leaky_relu_(v, 0.2)),
         _slice_reference(lambda h: F.leaky_relu(h, 0.2)),
     ),
 }

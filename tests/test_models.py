@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 import transformers
-from nets import SPELLINGS, Rectified, data, seeded, small_net
+from nets import SPELLINGS, Rectified, data, on_slice, seeded, small_net
 from oracle import oracle_gradients, relative_difference
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -322,10 +322,17 @@ def test_two_regularizers_in_two_threads_do_not_see_each_other(device):
         torch.testing.assert_close(together[index], alone[index], rtol=0, atol=0 if device.type == "cpu" else 1e-12)
 
 
-@pytest.mark.parametrize("name", [name for name in SPELLINGS if "slice" in name or "view" in name])
+ON_SLICES = {name: rectify for name, (rectify, _) in SPELLINGS.items() if "slice" in name or "view" in name}
+ON_SLICES |= {f"{smooth.__name__} on a slice": on_slice(smooth) for smooth in (F.elu_, F.selu_, F.celu_, torch.tanh_)}
+ON_SLICES |= {"F.elu on a slice": on_slice(lambda view: F.elu(view, 1.0, True))}
+ON_SLICES |= {"F.celu on a slice": on_slice(lambda view: F.celu(view, inplace=True))}
+ON_SLICES |= {"F.selu on a slice": on_slice(lambda view: F.selu(view, True))}
+
+
+@pytest.mark.parametrize("name", ON_SLICES)
 def test_in_place_on_slices_where_backward_passes_run_on_another_thread(name, device):
     """As on a GPU: nodes are ordered by numbers that each thread counts for itself."""
-    rectify, (x, y) = SPELLINGS[name][0], data()
+    rectify, (x, y) = ON_SLICES[name], data()
     model = Rectified(lambda h: F.relu_(rectify(h * 1) * 1))
     reg = InterpretableGradientLoss(model, lam=1.0)
     expected = torch.autograd.grad(reg(x, y), list(model.parameters()), allow_unused=True)

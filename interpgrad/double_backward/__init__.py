@@ -16,6 +16,7 @@ from interpgrad.double_backward import (
     checkpointing,
     conv,
     hardsigmoid,
+    on_views,
     pooling,
     rectifier,
     row_norm,
@@ -30,6 +31,7 @@ _REPLACEMENTS = {
     **rectifier.REPLACEMENTS,
     **smooth.REPLACEMENTS,
     **hardsigmoid.REPLACEMENTS,
+    **on_views.REPLACEMENTS,
 }
 _CONCERNED = {*_REPLACEMENTS, *attention.FUNCTIONS}
 

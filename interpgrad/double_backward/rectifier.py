@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
+from interpgrad.double_backward.on_views import by_copy
+
 aten = torch.ops.aten
 
 
@@ -72,14 +74,8 @@ class Hardtanh(Function):
 
 
 def _apply(function: Any, input: Tensor, *settings: float, inplace: bool) -> Any:
-    """In place on a view, such as `h[:, :8].relu_()`, by a copy.
-
-    Stock puts the rectifier's node inside of another, CopySlices, and leaves it reachable by itself. In the double
-    backward both run, in an order that depends on the threads that made them: on a GPU the second may find the saved
-    tensors freed by the first.
-    """
     if inplace and input._is_view():
-        return input.copy_(function.apply(input.clone(), *settings, False))
+        return by_copy(function.apply, input, *settings, False)
     return function.apply(input, *settings, inplace)
 
 
