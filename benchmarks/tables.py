@@ -186,6 +186,41 @@ def groups(*names: str) -> Callable[[dict[str, Any]], str]:
     return render
 
 
+def averaged(stored: dict[str, Any]) -> str:
+    """What averaging over noisy images adds on the digits, and random weights change; over seeds."""
+    from figures import HEADINGS, SAMPLES, worth
+    from sweep import BASE, PLAIN, RECIPE
+
+    found = {
+        str(setting): [each for _, each in sorted(stored["results"][str(setting)].items()) if "smoothed" in each]
+        for setting in (PLAIN, RECIPE, BASE)
+    }
+
+    def curve(title: str, name: str) -> list[float]:
+        seeds = (each["smoothed"][name] for each in found[title])
+        return [statistics.fmean(values) for values in zip(*seeds, strict=True)]
+
+    lines = []
+    for title, seeds in found.items():
+        cells = [title, str(len(seeds)), _over_seeds(each["smoothed"]["own"][SAMPLES.index(8)] for each in seeds)]
+        for name in ("insertion", "pointing"):
+            cells.append(_over_seeds(each["smoothed"][name][0] for each in seeds))
+            cells.append(f"{worth(curve(str(PLAIN), name), curve(title, name)[0]):.1f}")
+        cells += [_over_seeds(each["randomized"][f"cosine, {layers}"] for each in seeds) for layers in RANDOMIZED]
+        lines.append(cells)
+    headings = ["", "seeds", HEADINGS["own"], HEADINGS["insertion"], "in samples", HEADINGS["pointing"], "in samples"]
+    headings += [f"{HEADINGS['random']}, {layers}" for layers in RANDOMIZED]
+    return markdown_table(headings, lines)
+
+
+RANDOMIZED = ("last layer", "all layers")
+
+
+def _over_seeds(values: Iterable[float]) -> str:
+    values = list(values)
+    return f"{statistics.fmean(values):.3f} ± {statistics.stdev(values):.3f}"
+
+
 def cifar10_gradients(stored: dict[str, Any]) -> str:
     """All of CIFAR-10: both gradients."""
     from compare import gradients_table
@@ -315,6 +350,8 @@ TABLES = {
     ("docs/evidence/index.md", "quickstart"): (quickstart, "quickstart.json"),
     ("docs/evidence/index.md", "object"): (groups("object"), "sweep.json"),
     ("docs/evidence/index.md", "schedule"): (groups("schedule"), "sweep.json"),
+    ("docs/evidence/index.md", "weight"): (groups("weight"), "sweep.json"),
+    ("docs/evidence/index.md", "averaged"): (averaged, "sweep.json"),
     ("docs/evidence/index.md", "attempts"): (attempts, "attempts.json"),
     ("docs/evidence/index.md", "cifar10-gradients"): (cifar10_gradients, "cifar10.json"),
     ("docs/evidence/index.md", "cifar10-maps"): (cifar10_maps, "cifar10.json"),
