@@ -198,12 +198,16 @@ def test_fractions_of_earlier_files():
     torch.testing.assert_close(found, torch.tensor([[50.0, 25.0], [50.0, 25.0]], dtype=torch.float64))
 
 
-def test_results_are_those_stored():
-    """RESULTS.md is what tables.py makes of the stored runs."""
-    results, text = ROOT / "examples/paper/results/runs.json", ROOT / "examples/paper/RESULTS.md"
-    again = text.with_name("AGAIN.md")
+@pytest.mark.parametrize(
+    ("name", "stored", "options"),
+    [("RESULTS.md", "runs.json", ()), ("FULL-WIDTH.md", "full-width/runs.json", ("--present",))],
+)
+def test_results_are_those_stored(name, stored, options):
+    """What tables.py makes of the stored runs."""
+    results, text = ROOT / "examples/paper/results" / stored, ROOT / "examples/paper" / name
+    again = text.with_name(f"AGAIN-{name}")
     try:
-        assert run("tables.py", "--json", results, "--output", again).returncode == 0
+        assert run("tables.py", "--json", results, "--output", again, *options).returncode == 0
         assert again.read_text() == text.read_text()
     finally:
         again.unlink(missing_ok=True)

@@ -8,6 +8,7 @@ The JSON holds what the tables are made of, so that they can be made again witho
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 from collections import Counter
@@ -44,8 +45,8 @@ MARKS = {"reproduced": " ✓", "not reproduced": " ✗", "within the spread of s
 class Table:
     """One of the four: rows of the slides, rows of ours below them, and a verdict on each of their differences."""
 
-    def __init__(self, title: str, columns: list[str], stored: Stored) -> None:
-        self.title, self.stored = title, stored
+    def __init__(self, title: str, columns: list[str], stored: Stored, present: bool) -> None:
+        self.title, self.stored, self.present = title, stored, present
         self.headings = ["", "", *columns]
         self.rows: list[list[str]] = []
         self.verdicts: dict[str, Counter[str]] = {}
@@ -59,6 +60,8 @@ class Table:
         figures: list[str],
     ) -> None:
         """The slides' figures; those of the runs `names`, of each kind; `base`, what the slides' are compared with."""
+        if self.present and not (names := {kind: name for kind, name in names.items() if name in self.stored}):
+            return
         self.rows.append([label, "slides", *(f"{value:.2f}" for value in slides)])
         for kind, name in names.items():
             cells = []
@@ -90,40 +93,42 @@ def _cell(found: dict[str, Any]) -> str:
     return f"{found['mean']:.2f}{spread} ({found['difference'][0]:+.2f})"
 
 
-def four_tables(stored: Stored) -> list[Table]:
+def four_tables(stored: Stored, present: bool) -> list[Table]:
+    """Those of the paper; of what is present alone, those that say something of its loss."""
+    table = functools.partial(Table, stored=stored, present=present)
     arrows = [METRICS[metric] for metric in COLUMNS]
     of_cam = [f"grad_cam {metric}" for metric in COLUMNS]
-    one = Table("Table 1: accuracy", ["ACC"], stored)
+    one = table("Table 1: accuracy", ["ACC"])
     for network, (baseline, ours) in ACCURACY.items():
         one.add(
             f"{MODELS[network]}, baseline", (baseline,), None, {"without": name_of(network, "without")}, ["accuracy"]
         )
         runs = {kind: name_of(network, kind) for kind in KINDS}
         one.add(f"{MODELS[network]}, λ = {BEST[network]:g}", (ours,), (baseline,), runs, ["accuracy"])
-    two = Table("Table 2: interpretability metrics", arrows, stored)
+    two = table("Table 2: interpretability metrics", arrows)
     for network, methods in OF_MAPS.items():
         for method, (baseline, ours) in methods.items():
             figures = [f"{method} {metric}" for metric in COLUMNS]
             title = f"{MODELS[network]}, {TITLES[method]}"
             two.add(f"{title}, baseline", baseline, None, {"without": name_of(network, "without")}, figures)
             two.add(f"{title}, ours", ours, baseline, {kind: name_of(network, kind) for kind in KINDS}, figures)
-    three = Table("Table 3: error functions, ResNet-18, Grad-CAM", ["ACC", *arrows], stored)
+    three = table("Table 3: error functions, ResNet-18, Grad-CAM", ["ACC", *arrows])
     three.add("Baseline", PLAIN, None, {"without": name_of("resnet18", "without")}, ["accuracy", *of_cam])
     for error, slides in OF_ERRORS.items():
         runs = {kind: name_of("resnet18", kind, error) for kind in ("coupled", "frozen")}
         three.add(ERRORS[error], slides, PLAIN, runs, ["accuracy", *of_cam])
-    four = Table("Table 4: regularization coefficient, ResNet-18, Grad-CAM", ["ACC", *arrows], stored)
+    four = table("Table 4: regularization coefficient, ResNet-18, Grad-CAM", ["ACC", *arrows])
     four.add("λ = 0", PLAIN, None, {"without": name_of("resnet18", "without")}, ["accuracy", *of_cam])
     for lam, slides in OF_WEIGHTS.items():
         runs = {kind: name_of("resnet18", kind, lam=lam) for kind in KINDS if kind != "recipe"}
         four.add(f"λ = {lam:g}", slides, PLAIN, runs, ["accuracy", *of_cam])
-    return [one, two, three, four]
+    return [each for each in (one, two, three, four) if each.verdicts or not present]
 
 
-def rendered(stored: Stored, pictures: list[Path]) -> str:
+def rendered(stored: Stored, pictures: list[Path], present: bool = False) -> str:
     """RESULTS.md."""
     parts = ["# The paper's experiments", START, INTRODUCTION.format(told=_told(stored))]
-    parts += [*map(str, four_tables(stored)), POWER, power(stored), END]
+    parts += [*map(str, four_tables(stored, present)), POWER, power(stored), END]
     parts += ["## Pictures\n\n" + PICTURES] if pictures else []
     parts += [f"![{path.stem}]({path.as_posix()})" for path in pictures]
     return "\n\n".join(parts) + "\n"
@@ -160,6 +165,7 @@ def main() -> None:
     parser.add_argument("runs", type=Path, nargs="?", help="folder of the runs (what the JSON holds)")
     parser.add_argument("--json", type=Path, required=True, help="what the tables are made of")
     parser.add_argument("--output", type=Path, required=True, help="RESULTS.md")
+    parser.add_argument("--present", action="store_true", help="leave out what was not run")
     options = parser.parse_args()
     if options.runs:
         stored = summarized(compare.read(options.runs, list(CAMS)))
@@ -167,7 +173,7 @@ def main() -> None:
         options.json.write_text(json.dumps(stored, ensure_ascii=False).replace('}, "', '},\n"') + "\n")
     pictures = [options.json.with_name(f"{name}.png") for name in ("gradients", "maps")]
     found = [Path(os.path.relpath(each, options.output.parent)) for each in pictures if each.exists()]
-    options.output.write_text(rendered(json.loads(options.json.read_text()), found))
+    options.output.write_text(rendered(json.loads(options.json.read_text()), found, options.present))
     print(f"wrote {options.output}")
 
 
