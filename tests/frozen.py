@@ -14,10 +14,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 def batch_norm(x, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
-    """F.batch_norm without updates, whose statistics are constants."""
+    """F.batch_norm without updates, whose statistics are constants; of one row without running ones they are its own."""
     shape, dims = (1, -1, *[1] * (x.dim() - 2)), [0, *range(2, x.dim())]
-    mean = x.detach().mean(dims) if training else running_mean
-    variance = x.detach().var(dims, unbiased=False) if training else running_var
+    source = x if len(x) == 1 and running_mean is None else x.detach()
+    mean = source.mean(dims) if training else running_mean
+    variance = source.var(dims, unbiased=False) if training else running_var
     y = (x - mean.view(shape)) / (variance.view(shape) + eps).sqrt()
     y = y if weight is None else y * weight.view(shape)
     return y if bias is None else y + bias.view(shape)

@@ -151,6 +151,25 @@ def transposed(layer, h):
     return layer(h.flatten(2).transpose(1, 2).contiguous().transpose(1, 2)).view_as(h)
 
 
+def without_bias():
+    layer = nn.BatchNorm2d(6)
+    layer.bias = None
+    return layer
+
+
+def standardized(layer, h):
+    """A convolution by weights that batch norm standardizes, as timm has it; its bias is their gain."""
+    rows = layer.weight.reshape(1, 6, -1)
+    weight = F.batch_norm(rows, None, None, weight=layer.bias, training=True, momentum=0.0, eps=1e-5)
+    return F.conv2d(h, weight.view_as(layer.weight), padding=1)
+
+
+def standardized_by_hand(layer, h):
+    rows = layer.weight.flatten(1)
+    rows = (rows - rows.mean(1, keepdim=True)) / (rows.var(1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+    return F.conv2d(h, (rows * layer.bias[:, None]).view_as(layer.weight), padding=1)
+
+
 def checkpointed(layer, h):
     return checkpoint(layer, h, use_reentrant=False)
 
@@ -159,6 +178,8 @@ SPELLINGS = {
     "BatchNorm2d": (lambda: nn.BatchNorm2d(6), call, call),
     "BatchNorm2d without affine parameters": (lambda: nn.BatchNorm2d(6, affine=False), call, call),
     "BatchNorm2d without running statistics": (lambda: nn.BatchNorm2d(6, track_running_stats=False), call, call),
+    "BatchNorm2d without a bias": (without_bias, call, call),
+    "standardized weights": (lambda: nn.Conv2d(6, 6, 3), standardized, standardized_by_hand),
     "BatchNorm1d": (lambda: nn.BatchNorm1d(6), as_tokens, as_tokens),
     "BatchNorm1d of a transposed tensor": (lambda: nn.BatchNorm1d(6), transposed, transposed),
     "BatchNorm3d": (lambda: nn.BatchNorm3d(6), as_volume, as_volume),

@@ -106,7 +106,7 @@ def constant_backward(
         xhat = (x - channels(mean, x)) * channels(invstd.to(x.dtype), x) if for_weight else None
         return dx, None if xhat is None else (g * xhat).sum(dims), g.sum(dims) if for_bias else None
     dweight, dbias = channel_sums(g, x, mean, invstd) if for_weight or for_bias else (None, None)
-    return dx, _like(dweight, weight), _like(dbias, weight)
+    return dx, _like(dweight, weight) if for_weight else None, _like(dbias, weight) if for_bias else None
 
 
 class Scaling(Function):
@@ -282,11 +282,15 @@ def _batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Any:
-    """The replacement of F.batch_norm, with its signature."""
+    """The replacement of F.batch_norm, with its signature.
+
+    Of one row, where inference has no running statistics, they are no batch's: so are weights standardized.
+    """
     if input.dim() < 2 or input.numel() <= input.shape[1]:  # nothing to normalize, or one value per channel: an error
         return NotImplemented
     input, weight = dense(input), weight if weight is None else weight.contiguous()
-    return _BatchNorm.apply(input, weight, bias, running_mean, running_var, training, momentum, eps, True)
+    of_the_batch = len(input) > 1 or running_mean is not None
+    return _BatchNorm.apply(input, weight, bias, running_mean, running_var, training, momentum, eps, of_the_batch)
 
 
 def _torch_batch_norm(
