@@ -191,7 +191,8 @@ def _about_statistics(operations: graph.Operations, batch_norm: str) -> Iterator
             f"{running} layers, in evaluation mode. Call model.train() first, if that is how they are trained.",
         )
     if sample:
-        yield _note("statistics of each sample", f"{sample} layers of instance norm or standardized weights, differentiated. Nothing to do.")
+        what = f"{sample} layers of instance norm or standardized weights, differentiated. Nothing to do."
+        yield _note("statistics of each sample", what)
 
 
 def _about_views(forward: Forward, operations: graph.Operations, activations: str) -> Iterator[Finding]:

@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 def batch_norm(x, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
-    """F.batch_norm without updates, whose statistics are constants; of one row without running ones they are its own."""
+    """F.batch_norm without updates, whose statistics are constants; of one row alone its own."""
     shape, dims = (1, -1, *[1] * (x.dim() - 2)), [0, *range(2, x.dim())]
     source = x if len(x) == 1 and running_mean is None else x.detach()
     mean = source.mean(dims) if training else running_mean
