@@ -254,12 +254,12 @@ def attempts(stored: dict[str, Any]) -> str:
 
 def zoo(stored: dict[str, Any]) -> str:
     """The smallest network of every family: how far the loss is off, and what it costs."""
-    names, lines = ("delta", "guided", "penalty"), []
+    names, lines = ("delta", "guided", "penalty", "frozen"), []
     for family, each in stored["results"].items():
         if "ratio" in each:
             cells = [each["activations"], *(f"{each[name]:.0e}" for name in names), f"{each['ratio']:.2f}"]
         else:
-            cells = [f"not measured: {each['error']}", *[""] * 4]
+            cells = [f"not measured: {each['error']}", *[""] * 5]
         lines.append([family, each["model"], *cells])
     measured = [each for each in stored["results"].values() if "ratio" in each]
     right = sum(max(each[name] for name in names) < 1e-6 for each in measured)
@@ -275,6 +275,7 @@ def zoo(stored: dict[str, Any]) -> str:
         "δ off by",
         "δᴳ off by",
         "penalty's gradient off by",
+        "all of them, frozen",
         "operations",
     ]
     return f"{markdown_table(headings, lines)}\n\n{foot}"

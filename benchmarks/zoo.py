@@ -4,8 +4,9 @@
 
 In training mode and double precision, with small images: the input gradient against stock autograd, the guided one
 against clamped ATen backward functions, the penalty's gradient in the parameters against stock double backward, as
-relative differences; and the counted operations of a regularized step (single precision, frozen, shared forward) as a
-ratio to a plain one. Interrupted and started again, it runs what is missing.
+relative differences. With frozen statistics the same against the literal reference of the tests, the largest of the
+three. And the counted operations of a regularized step (single precision, frozen, shared forward) as a ratio to a plain
+one. Interrupted and started again, it runs what is missing.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from interpgrad.model import logits_of
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "benchmarks")]
+import frozen  # noqa: E402
 from flops import count_flops  # noqa: E402
 from oracle import RELU_BACKWARDS, SMOOTH_BACKWARDS, ClampBackwards  # noqa: E402
 
@@ -89,7 +91,7 @@ def build(family: str, name: str, size: int) -> nn.Module:
         except TypeError:
             model = timm.create_model(name, num_classes=10)
     for module in model.modules():
-        for attribute in ("p", "drop_prob"):
+        for attribute in ("p", "drop_prob", "drop_rate"):
             if isinstance(getattr(module, attribute, None), float):
                 setattr(module, attribute, 0.0)
         for parameter_name, parameter in module.named_parameters(recurse=False):
@@ -175,14 +177,22 @@ def measure(family: str, name: str) -> dict[str, Any]:
     result = {"model": name, "size": size, "activations": activations(model, x), "ratio": counted_ratio(model, x, y)}
     model, x = model.double(), x.double()
     stock = copy.deepcopy(model)
-    settings = {"criterion": "cross_entropy", "batch_norm": "coupled"}
-    penalty = InterpretableGradientLoss(model, lam=1.0, **settings)(x, y)
-    ours = parameter_gradients(penalty, model)
-    delta, guided = input_gradients(model, x, y, **settings)
-    expected = by_stock(stock, x, y)
-    result["delta"], result["guided"] = difference([delta], [expected[0]]), difference([guided], [expected[1]])
-    result["penalty"] = difference(ours, expected[2])
+    coupled = differences(model, x, y, by_stock(stock, x, y), criterion="cross_entropy", batch_norm="coupled")
+    result |= zip(("delta", "guided", "penalty"), coupled, strict=True)
+    delta, guided, _ = frozen.reference(stock, x, y)
+    expected = delta.detach(), guided, parameter_gradients(cos(delta, guided).mean(), stock)
+    result["frozen"] = max(differences(model, x, y, expected))
     return result
+
+
+def differences(
+    model: nn.Module, x: Tensor, y: Tensor, expected: tuple[Tensor, Tensor, list[Tensor | None]], **settings: str
+) -> list[float]:
+    """Of both gradients and the penalty's from what is expected."""
+    penalty = InterpretableGradientLoss(model, lam=1.0, **settings)(x, y)
+    of_parameters = parameter_gradients(penalty, model)
+    found = *([each] for each in input_gradients(model, x, y, **settings)), of_parameters
+    return [difference(*pair) for pair in zip(found, ([expected[0]], [expected[1]], expected[2]), strict=True)]
 
 
 def main() -> None:
