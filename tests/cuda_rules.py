@@ -91,6 +91,7 @@ class Cudnn:
 
     It takes a dense x and weight, saves nothing in evaluation mode, goes by the reserve of its own forward pass, and
     computes all three gradients whatever the mask says. In evaluation mode the native backward pass follows it.
+    Without a weight the native kernels run, whose backward pass in channels_last returns empty tensors for the others.
     """
 
     def __init__(self):
@@ -118,6 +119,9 @@ class Cudnn:
             self.backwards += 1
             mask = [True, True, True]
         statistics = running_mean, running_var, mean, invstd
+        if weight is None and training and (x.dim() == 2 or x.is_contiguous(memory_format=torch.channels_last)):
+            dx = aten.native_batch_norm_backward(g, x, weight, *statistics, training, eps, mask)[0]
+            return dx, x.new_empty(0), x.new_empty(0)
         return aten.native_batch_norm_backward(g, x, weight, *statistics, training, eps, mask)
 
     def refuse(self, x, weight):

@@ -45,11 +45,12 @@ class Kernel(NamedTuple):
     def backward(
         self, g: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, invstd: Tensor, mask: Sequence[bool]
     ) -> Gradients:
-        """(dx, dweight, dbias), where the mask is true."""
-        gradients: Gradients = aten._batch_norm_impl_index_backward(
+        """(dx, dweight, dbias), where the mask is true: CUDA's kernels for channels_last return others, too."""
+        gradients = aten._batch_norm_impl_index_backward(
             self.implementation, x, g, weight, None, None, mean, invstd, True, self.eps, mask, self.reserve
         )
-        return gradients
+        dx, dweight, dbias = (each if want else None for each, want in zip(gradients, mask, strict=True))
+        return dx, dweight, dbias
 
 
 class _BatchNorm(Function):
