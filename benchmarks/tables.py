@@ -356,6 +356,7 @@ TABLES = {
     ("docs/evidence/index.md", "attempts"): (attempts, "attempts.json"),
     ("docs/evidence/index.md", "cifar10-gradients"): (cifar10_gradients, "cifar10.json"),
     ("docs/evidence/index.md", "cifar10-maps"): (cifar10_maps, "cifar10.json"),
+    ("docs/evidence/index.md", "cifar10-cpu-gradients"): (cifar10_gradients, "cifar10-cpu.json"),
     ("docs/evidence/index.md", "resnet18-gradients"): (cifar10_gradients, "cifar10-resnet18.json"),
     ("docs/evidence/index.md", "resnet18-maps"): (cifar10_maps, "cifar10-resnet18.json"),
     ("docs/evidence/cost.md", "overhead-cuda"): (overhead_cuda, "overhead-cuda.json"),
