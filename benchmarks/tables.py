@@ -186,6 +186,26 @@ def groups(*names: str) -> Callable[[dict[str, Any]], str]:
     return render
 
 
+def effect(group: str) -> Callable[[dict[str, Any]], str]:
+    """Of a group that differs in one thing from the objects: each beside the same setting and seed with that thing."""
+
+    def render(stored: dict[str, Any]) -> str:
+        from figures import HEADINGS, both_gradients, change
+        from sweep import GROUPS, OBJECTS
+
+        found, lines = stored["results"], []
+        names = list(both_gradients(found["without"]["0"]))
+        for before, after in zip(OBJECTS, GROUPS[group][0], strict=True):
+            old, new = (found.get(str(setting), {}) for setting in (before, after))
+            seeds = sorted(old.keys() & new.keys())
+            pairs = [(both_gradients(old[seed]), both_gradients(new[seed])) for seed in seeds]
+            cells = [change(name, [(a[name], b[name]) for a, b in pairs]) for name in names if pairs]
+            lines.append([str(after), str(len(seeds)), *cells])
+        return markdown_table(["", "seeds", *(HEADINGS[each] for each in names)], lines)
+
+    return render
+
+
 def averaged(stored: dict[str, Any]) -> str:
     """What averaging over noisy images adds on the digits, and random weights change; over seeds."""
     from figures import HEADINGS, SAMPLES, worth
@@ -352,6 +372,9 @@ TABLES = {
     ("docs/evidence/index.md", "object"): (groups("object"), "sweep.json"),
     ("docs/evidence/index.md", "schedule"): (groups("schedule"), "sweep.json"),
     ("docs/evidence/index.md", "weight"): (groups("weight"), "sweep.json"),
+    ("docs/evidence/index.md", "coupled"): (groups("coupled"), "sweep.json"),
+    ("docs/evidence/index.md", "low-pass"): (effect("low-pass"), "sweep.json"),
+    ("docs/evidence/index.md", "warm-up"): (effect("warm-up"), "sweep.json"),
     ("docs/evidence/index.md", "averaged"): (averaged, "sweep.json"),
     ("docs/evidence/index.md", "attempts"): (attempts, "attempts.json"),
     ("docs/evidence/index.md", "cifar10-gradients"): (cifar10_gradients, "cifar10.json"),

@@ -161,14 +161,18 @@ def paired_table(rows: dict[str, dict[str, dict[str, float]]], base: str) -> str
     for title, seeds in rows.items():
         cells = [title, str(len(seeds))]
         for name in names:
-            values = [seeds[seed][name] for seed in seeds]
             if title == base:
-                cells.append(_cell(name, values))
-                continue
-            differences = [seeds[seed][name] - rows[base][seed][name] for seed in seeds if seed in rows[base]]
-            cells.append(f"{statistics.fmean(values):.3f} ({_cell(name, differences, '+')})")
+                cells.append(_cell(name, [each[name] for each in seeds.values()]))
+            else:
+                cells.append(change(name, [(rows[base][seed][name], seeds[seed][name]) for seed in seeds]))
         table.append(cells)
     return markdown_table(["", "seeds", *(HEADINGS[name] for name in names)], table)
+
+
+def change(name: str, pairs: list[tuple[float, float]]) -> str:
+    """Of pairs before and after: the mean after, and in brackets mean ± standard deviation of the differences."""
+    differences = [after - before for before, after in pairs]
+    return f"{statistics.fmean(after for _, after in pairs):.3f} ({_cell(name, differences, '+')})"
 
 
 def both_gradients(figures: dict[str, Any]) -> dict[str, float]:
