@@ -1,9 +1,9 @@
-"""Errors E(delta, guided) between the input gradient and the guided input gradient.
+"""Errors E(delta, target) between the input gradient and its target, by default the guided gradient.
 
-Every error takes two tensors of shape (N, ...), the gradients of N samples, and returns one value per
-sample, shape (N,), to be minimized. m is the number of values in a sample. Source: Torres et al.,
-"A Learning Paradigm for Interpretable Gradients", arXiv 2404.15024; the cosine, printed there as a
-similarity, is turned into a loss.
+Every error takes two tensors of shape (N, ...), of N samples, and returns one value per sample, shape (N,),
+to be minimized. m is the number of values in a sample. Source: Torres et al., "A Learning Paradigm for
+Interpretable Gradients", arXiv 2404.15024; the cosine, printed there as a similarity, is turned into a loss.
+`outside` takes a mask in the place of the target.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+Error = Callable[[Tensor, Tensor], Tensor]  # (delta, target) -> (N,)
 
 
 def cos(delta: Tensor, guided: Tensor) -> Tensor:
@@ -64,6 +66,54 @@ def hi(delta: Tensor, guided: Tensor) -> Tensor:
     return -torch.where(defined, overlap, 0)
 
 
+def outside(delta: Tensor, mask: Tensor) -> Tensor:
+    """`1 - sum(mask delta^2) / sum(delta^2)`: the share of delta's energy outside of the mask, in [0, 1].
+
+    Scale-free, down to the smallest normal number of the dtype. A sample whose mask is all ones has error 0 and
+    gradient 0, so an image without annotation needs no other treatment. One whose mask is all zeros has error 1
+    and gradient 0; so has one of which delta is zero (or subnormal), unless its mask is all ones.
+
+    Args:
+        delta: (N, C, H, W).
+        mask: of the relevant pixels, (N, 1, H, W), (N, H, W) or (N, C, H, W); bool, or in [0, 1].
+
+    Raises:
+        ValueError: the mask does not broadcast to delta.
+
+    The idea is that of Ross, Hughes, Doshi-Velez, "Right for the Right Reasons", arXiv 1703.03717. Their own formula
+    is not scale-free: the squares outside of the mask, of the sum of all classes' log-probabilities::
+
+        InterpretableGradientLoss(
+            model,
+            error=lambda delta, mask: ((1 - mask) * delta).square().flatten(1).sum(1),
+            target="given",
+            criterion=lambda logits, y: logits.log_softmax(1).sum(),
+            batch_norm="coupled",
+        )
+
+    >>> outside(torch.tensor([[[[3.0, 4.0]]]]), torch.tensor([[[True, False]]]))
+    tensor([0.6400])
+    """
+    mask = mask_for(delta, mask).expand_as(delta).flatten(1).to(delta.dtype)
+    delta, _, defined = _defined(delta, torch.ones_like(delta), torch.finfo(delta.dtype).tiny)
+    energy = _unit_scale(delta).square()
+    share = ((1 - mask) * energy).sum(1) / energy.sum(1)
+    return torch.where(defined, share, (share > 0).to(share.dtype))
+
+
+def mask_for(delta: Tensor, mask: Tensor) -> Tensor:
+    """A mask that broadcasts to delta (N, C, H, W): itself, or with a dimension of channels if it is (N, H, W)."""
+    channels = mask[:, None] if mask.dim() == delta.dim() - 1 > 1 else mask
+    try:
+        channels.expand_as(delta)
+    except RuntimeError:
+        raise ValueError(
+            f"expected a mask (N, 1, H, W), (N, H, W) or (N, C, H, W) for gradients {tuple(delta.shape)}, got "
+            f"{tuple(mask.shape)}."
+        ) from None
+    return channels
+
+
 def _defined(delta: Tensor, guided: Tensor, least: float) -> tuple[Tensor, Tensor, Tensor]:
     """Both gradients as (N, m), and (N,) bool: samples where the magnitude of both reaches `least`.
 
@@ -85,4 +135,5 @@ def _largest(gradient: Tensor) -> Tensor:
     return gradient.detach().abs().amax(1, keepdim=True)
 
 
-ERRORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"cos": cos, "mae": mae, "mse": mse, "hi": hi}
+ERRORS: dict[str, Error] = {"cos": cos, "mae": mae, "mse": mse, "hi": hi}  # of two gradients
+MASKED: dict[str, Error] = {"outside": outside}  # of a gradient and a mask

@@ -16,15 +16,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 from torch.autograd.graph import Node
 
 from interpgrad import graph
-from interpgrad.double_backward.batch_norm import Scaling
-from interpgrad.double_backward.engine import apply_each, frozen_pass, in_frozen_pass, wanted
+from interpgrad.double_backward.batch_norm import BatchNorm, Scaling
+from interpgrad.double_backward.engine import Function, apply_each, frozen_pass, in_frozen_pass, wanted
+from interpgrad.double_backward.sync_batch_norm import Standardized, SyncBatchNorm
 
 _STOCK = ("NativeBatchNorm", "CudnnBatchNorm", "MiopenBatchNorm")
-_OURS = ("_Standardized", "_SyncBatchNorm")  # and _BatchNorm, where it is in training mode
+_OURS = (Standardized.operation, SyncBatchNorm.operation)  # and BatchNorm, where it is in training mode
 
 
 class Network(NamedTuple):
@@ -62,7 +62,7 @@ class _Scaled:
 
 def batch_statistics(operations: graph.Operations) -> set[Node]:
     """The nodes whose ordinary backward pass runs through the statistics of the batch."""
-    of_ours: Any = _of(operations, ("_BatchNorm",))
+    of_ours: Any = _of(operations, (BatchNorm.operation,))
     of_stock: Any = _of(operations, _STOCK)
     return {
         *_of(operations, _OURS),
@@ -73,7 +73,7 @@ def batch_statistics(operations: graph.Operations) -> set[Node]:
 
 def statistics(operations: graph.Operations) -> tuple[set[Node], set[Node], set[Node]]:
     """The nodes that normalize with the statistics of the batch, with running ones, and with each sample's own."""
-    of_ours: Any = _of(operations, ("_BatchNorm",))
+    of_ours: Any = _of(operations, (BatchNorm.operation,))
     batch = batch_statistics(operations)
     sample = {node for node in of_ours if not node.of_the_batch and node.kernel is not None}
     return batch, {*_of(operations, _STOCK), *of_ours} - batch - sample, sample
@@ -81,7 +81,7 @@ def statistics(operations: graph.Operations) -> tuple[set[Node], set[Node], set[
 
 def is_apart(gradient: Tensor, until: Tensor) -> bool:
     """Whether the gradient is differentiated in a pass of its own."""
-    return _Apart.__name__ in graph.operations(gradient, until)
+    return _Apart.operation in graph.operations(gradient, until)
 
 
 def _of(operations: graph.Operations, names: Iterable[str]) -> list[Node]:

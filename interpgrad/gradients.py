@@ -1,29 +1,57 @@
-"""Both input gradients, from the graph of one forward pass."""
+"""The input gradient, which the penalty differentiates, and the backward passes that targets are made of.
+
+In stock PyTorch, for a network of ReLU modules without batch norm, both gradients are:
+
+    >>> import torch
+    >>> import torch.nn.functional as F
+    >>> from torch import nn
+    >>> def literal(model, x, y):
+    ...     x, guiding = x.clone().requires_grad_(), False
+    ...     def clamp(module, grad_output):
+    ...         return (grad_output[0].clamp(min=0),) if guiding else None
+    ...     handles = [m.register_full_backward_pre_hook(clamp) for m in model.modules() if isinstance(m, nn.ReLU)]
+    ...     logits = model(x)
+    ...     v = F.one_hot(y, logits.shape[1]) - logits.detach().softmax(1)  # of the log-probability: a constant
+    ...     guiding = True
+    ...     (guided,) = torch.autograd.grad(logits, x, v, retain_graph=True)
+    ...     guiding = False
+    ...     (delta,) = torch.autograd.grad(logits, x, v, create_graph=True)
+    ...     for handle in handles:
+    ...         handle.remove()
+    ...     return delta, guided
+
+The rest of this file is what makes it right on any network: activations of every spelling, constant batch statistics,
+half precision, and an error where something cannot be differentiated twice.
+
+    >>> model = nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 3))
+    >>> x, y = torch.randn(2, 3, 2, 2), torch.tensor([0, 2])
+    >>> for ours, expected in zip(input_gradients(model, x, y, create_graph=True), literal(model, x, y)):
+    ...     torch.testing.assert_close(ours, expected)
+"""
 
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import Node
 
 from interpgrad import frozen, graph
 from interpgrad.autocast import at_least_single
-from interpgrad.criteria import Criterion, Derivative, derivative_of
+from interpgrad.criteria import Criterion
 from interpgrad.double_backward import sync_batch_norm
 from interpgrad.forward import Forward, check_batch, forward_without_trace
-from interpgrad.guided import check_activations, guided_backward
+from interpgrad.guided import guided_backward
 from interpgrad.model import alone_with, class_logits
-from interpgrad.signals import uninterrupted
-
-BATCH_NORM = ("frozen", "coupled")
+from interpgrad.settings import Settings
 
 _ATTEMPTS = 4  # at a scale for float16
 
 
-@uninterrupted
 def input_gradients(
     model: nn.Module,
     x: Tensor,
@@ -70,121 +98,162 @@ def input_gradients(
     (torch.Size([2, 3, 2, 2]), torch.Size([2, 3, 2, 2]))
     """
     check_batch(x, y)
-    check_activations(activations)
-    check_batch_norm(batch_norm)
-    derivative = derivative_of(criterion)
+    settings = Settings(criterion, batch_norm, activations)
     with alone_with(model), torch.enable_grad():
         forward = forward_without_trace(model, x, batch_norm=batch_norm)
         y = class_logits(forward.logits.detach()).argmax(1) if y is None else y
-        return gradient_pair(
-            forward, y, derivative=derivative, batch_norm=batch_norm, activations=activations, create_graph=create_graph
-        )
+        with backward_passes(forward, y, settings, create_graph=create_graph) as passes:
+            guided = passes.gradient(guided=True)
+            return passes.attached_delta, guided
 
 
-def check_batch_norm(batch_norm: str) -> None:
-    """Refuse an unknown name."""
-    if batch_norm not in BATCH_NORM:
-        raise ValueError(f'expected batch_norm="frozen" or batch_norm="coupled", got {batch_norm!r}.')
-
-
-def gradient_pair(
+@contextmanager
+def backward_passes(
     forward: Forward,
     y: Any,
+    settings: Settings,
     *,
-    derivative: Derivative,
-    batch_norm: str,
-    activations: str | None,
     create_graph: bool,
     verified: set[frozenset[str]] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """J^T v, with v the derivative at the logits, and its guided twin, from the graph of one forward pass.
+) -> Iterator[Passes]:
+    """The backward passes over the graph of a forward pass, to be run while the context lasts.
 
-    Without `activations` the second is the first. `verified` remembers the sets of operations already known to have a
-    double backward.
+    `create_graph`: whether delta is to be differentiated. `verified` remembers the sets of operations that are known
+    to have a double backward.
     """
-    image, logits = forward.image, forward.logits
+    logits, freezes = forward.logits, settings.batch_norm == "frozen"
     if not logits.requires_grad:
         raise graph.no_path_to_images()
-    v = derivative(logits, y, create_graph)
-    operations = graph.operations(logits, until=image)
-    if create_graph or activations:
-        graph.refuse_opaque(operations)
+    v = settings.derivative(logits, y, create_graph)
+    operations = graph.operations(logits, until=forward.image)
     if create_graph:
+        graph.refuse_opaque(operations)
         graph.refuse_once_differentiable(operations)
-    if create_graph or batch_norm == "frozen":
+    if create_graph or freezes:
         graph.refuse_sync_batch_norm(operations)
-
     network = frozen.Network(operations, functools.partial(forward.inner_passes, create_graph=create_graph))
-    passes = _InnerPasses(forward, network, batch_norm, activations, create_graph)
-    float16 = torch.float16 in (image.dtype, logits.dtype) or graph.casts_to(torch.float16, operations)
-    names = frozenset((*operations, *graph.operations(v, until=logits)))
-    delta, guided = (passes.in_float16 if float16 else passes.run)(v, verified is None or names not in verified)
-    if create_graph and verified is not None:
-        verified.add(names)
-    return delta, guided
+    with network.inner(), network.frozen_pass(logits) if freezes else nullcontext(logits) as output:
+        passes = Passes(y, v, forward, network, output, settings, create_graph, set() if verified is None else verified)
+        try:
+            yield passes
+        finally:
+            passes._over = True
 
 
-class _InnerPasses(NamedTuple):
-    """The two backward passes over the graph of a forward pass that yield delta and the guided gradient."""
+@dataclass(eq=False)
+class Passes:
+    """What a target may be made of: the forward pass, and backward passes over its graph.
 
-    forward: Forward
-    network: frozen.Network
-    batch_norm: str
-    activations: str | None
-    create_graph: bool
+    Attributes:
+        x: the images, (N, C, H, W).
+        y: the targets of this call, as they were given.
+        logits: of the network, detached.
+        v: the criterion's derivative at the logits, of their shape, detached.
+        delta: the input gradient J^T v, of the shape of x, detached; taken when it is first asked for.
+    """
 
-    def run(self, v: Tensor, verify: bool) -> tuple[Tensor, Tensor]:
-        """Both gradients; with `verify`, an error if delta cannot be differentiated."""
-        logits, network = self.forward.logits, self.network
-        if self.batch_norm == "coupled":
-            with network.inner():
-                return self._two_passes(logits, v, verify)
-        norms = frozen.batch_statistics(network.operations) if self.create_graph else set()
+    y: Any
+    _v: Tensor
+    _forward: Forward
+    _network: frozen.Network
+    _output: Tensor
+    _settings: Settings
+    _create_graph: bool
+    _verified: set[frozenset[str]]
+    _over: bool = False
+
+    @property
+    def x(self) -> Tensor:  # noqa: D102  # an attribute
+        return self._forward.x.detach()
+
+    @property
+    def logits(self) -> Tensor:  # noqa: D102
+        return self._output.detach()
+
+    @property
+    def v(self) -> Tensor:  # noqa: D102
+        return self._v.detach()
+
+    @property
+    def delta(self) -> Tensor:  # noqa: D102
+        return self.attached_delta.detach()
+
+    def gradient(self, v: Tensor | None = None, guided: bool = False) -> Tensor:
+        """J^T v of the shape of x, detached: one backward pass.
+
+        Args:
+            v: any vector at the logits, of their shape; None is that of the criterion.
+            guided: whether the pass is that of guided backpropagation.
+
+        Raises:
+            ValueError: v is not of the shape of the logits.
+            RuntimeError: guided, and no activation of the family was met; the loss has returned.
+        """
+        if self._over:
+            raise RuntimeError("expected a backward pass while the target is made, got one after: keep its result.")
+        if v is not None and v.shape != self.logits.shape:
+            raise ValueError(
+                f"expected v to have the shape of the logits, {tuple(self.logits.shape)}, got {tuple(v.shape)}."
+            )
+        v = self.v if v is None else v.detach()
+        if not guided:
+            return self._scaled(self._backward, v)
+        graph.refuse_opaque(self._network.operations)
+        with guided_backward(self._network.operations, self._settings.activations):
+            return self._scaled(self._backward, v)
+
+    @functools.cached_property
+    def attached_delta(self) -> Tensor:
+        """Delta on its graph, if it is to be differentiated."""
+        return self._scaled(self._differentiable, self._v) if self._create_graph else self.gradient()
+
+    def _differentiable(self, v: Tensor) -> Tensor:
+        """J^T v on a graph. Where that reaches batch norm in the forward pass, it is differentiated separately."""
+        image, network = self._forward.image, self._network
+        norms = frozen.batch_statistics(network.operations) if self._settings.batch_norm == "frozen" else set()
         # Where v is a function of the logits, that derivative runs through the user's graph, which is coupled.
         leaf = v.detach().requires_grad_() if norms and v.requires_grad else v
-        with network.inner(), network.frozen_pass(logits) as output:
-            delta, guided = self._two_passes(output, leaf, verify)
-        return self._apart(delta, v, leaf, norms), guided
-
-    def in_float16(self, v: Tensor, verify: bool) -> tuple[Tensor, Tensor]:
-        """As `run`, on v times a scale, by which the results are divided: gradients inside the network underflow.
-
-        The largest gradient at the logits becomes about 2^8. A power of two, so nothing is rounded.
-        """
-        v = at_least_single(v)
-        agreed = functools.partial(sync_batch_norm.smallest, self.network.operations)  # its sums are of all ranks
-        exponent = agreed((8 - v.detach().abs().max().log2().ceil()).clamp(-100, 100))
-        for _ in range(_ATTEMPTS):
-            delta, guided = self.run(v * exponent.exp2(), verify)
-            finite = delta.isfinite().all() & guided.isfinite().all()
-            if bool(agreed(finite.float())):
-                break
-            exponent = exponent - 6  # the network amplifies its gradients beyond what float16 holds
-        scale = exponent.exp2().to(delta.device)
-        return at_least_single(delta) / scale, at_least_single(guided) / scale
-
-    def _two_passes(self, logits: Tensor, v: Tensor, verify: bool) -> tuple[Tensor, Tensor]:
-        """J^T v, and guided. The graph is kept in any case: it is also the one of the user's own loss."""
-        image, v, guided = self.forward.image, v.to(logits.dtype), None
-        if self.activations:
-            with guided_backward(self.network.operations, self.activations):
-                (guided,) = torch.autograd.grad(logits, image, v.detach(), retain_graph=True, allow_unused=True)
-                if guided is None:
-                    raise graph.no_path_to_images()
-        (delta,) = torch.autograd.grad(
-            logits, image, v, retain_graph=True, create_graph=self.create_graph, allow_unused=True
-        )
-        if delta is None:
-            raise graph.no_path_to_images()
-        if self.create_graph and verify:
+        delta = self._backward(leaf, create_graph=True)
+        names = frozenset((*network.operations, *graph.operations(v, until=self._forward.logits)))
+        if names not in self._verified:
             graph.refuse_failing_double_backward(delta, until=image)
-        return delta, delta if guided is None else guided
-
-    def _apart(self, delta: Tensor, v: Tensor, leaf: Tensor, norms: set[Node]) -> Tensor:
-        """Delta, differentiated in a pass of its own if its derivative reaches batch norm in the forward pass."""
-        image = self.forward.image
+            self._verified.add(names)
         if not norms or (leaf is v and norms.isdisjoint(graph.nodes(delta, until=image))):
             return delta
         inputs = [each for each in graph.leaves(delta, until=image) if each is not image and each is not leaf]
-        inputs += [image] if self.forward.x.requires_grad else []
-        return frozen.apart(self.network, delta, [leaf, *inputs], [v, *inputs])
+        inputs += [image] if self._forward.x.requires_grad else []
+        return frozen.apart(network, delta, [leaf, *inputs], [v, *inputs])
+
+    def _backward(self, v: Tensor, create_graph: bool = False) -> Tensor:
+        """One pass. The graph is kept: it is also the one of the user's own loss."""
+        output = self._output
+        (gradient,) = torch.autograd.grad(
+            output,
+            self._forward.image,
+            v.to(output.dtype),
+            retain_graph=True,
+            create_graph=create_graph,
+            allow_unused=True,
+        )
+        if gradient is None:
+            raise graph.no_path_to_images()
+        return gradient
+
+    def _scaled(self, backward: Callable[[Tensor], Tensor], v: Tensor) -> Tensor:
+        """backward(v), which is linear in v. Where float16 is met, of v times a scale, by which the result is divided.
+
+        Gradients inside the network underflow there. The largest one at the logits becomes about 2^8; a power of two,
+        so nothing is rounded. Less where the network amplifies its gradients beyond what float16 holds.
+        """
+        operations, output, image = self._network.operations, self._output, self._forward.image
+        if not (torch.float16 in (image.dtype, output.dtype) or graph.casts_to(torch.float16, operations)):
+            return backward(v)
+        v = at_least_single(v)
+        agreed = functools.partial(sync_batch_norm.smallest, operations)  # its sums are of all ranks
+        exponent = agreed((8 - v.detach().abs().max().log2().ceil()).clamp(-100, 100))
+        for _ in range(_ATTEMPTS):
+            gradient = backward(v * exponent.exp2())
+            if bool(agreed(gradient.isfinite().all().float())):
+                break
+            exponent = exponent - 6
+        return at_least_single(gradient) / exponent.exp2().to(gradient.device)

@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import Node
 
 from interpgrad import private
+from interpgrad.double_backward.engine import Function
 
 _TENSOR_PARALLEL = (
     "the double backward of tensor-parallel layers (DTensor) is lost between ranks; split the batch instead, "
@@ -69,8 +70,15 @@ def leaves(output: Tensor, until: Tensor) -> list[Tensor]:
 
 
 def op_name(node: Node) -> str:
-    """The operation a node differentiates: "Relu" for ReluBackward0, in every release's spelling."""
-    return _operation(node.name())
+    """The operation a node differentiates: "Relu" for ReluBackward0, in every release's spelling.
+
+    That of a Function is its class's `operation`, torch's own go by their names. A user's own Function is nothing that
+    is known, whatever its name is.
+    """
+    function = getattr(node, "_forward_cls", None)
+    if function is None or function.__module__.startswith("torch."):
+        return _operation(node.name())
+    return function.operation if issubclass(function, Function) else f"{function.__module__}.{function.__qualname__}"
 
 
 @functools.cache  # a graph has thousands of nodes of a dozen kinds
@@ -92,7 +100,8 @@ def refuse_opaque(recorded: Operations) -> None:
 
 def refuse_sync_batch_norm(recorded: Operations) -> None:
     """Raise a RuntimeError if there is batch norm across ranks that is not this package's."""
-    if "SyncBatchNorm" in recorded:
+    names = {name.rpartition(".")[2] for name in recorded if not name.startswith("interpgrad.")}
+    if "SyncBatchNorm" in names:
         raise RuntimeError(
             "expected operations with a double backward, got a SyncBatchNorm across ranks that has none: use "
             "torch.nn.SyncBatchNorm, BatchNorm (per-rank statistics), or a norm without batch statistics such as "

@@ -54,12 +54,6 @@ FAMILIES = {"relu": PIECEWISE_LINEAR, "all": PIECEWISE_LINEAR | SMOOTH}
 _OTHERS = ("Sigmoid", "Tanh", "Hardsigmoid", "LogSigmoid", "Softshrink", "Hardshrink", "Glu")
 
 
-def check_activations(activations: str) -> None:
-    """Refuse the name of an unknown family."""
-    if activations not in FAMILIES:
-        raise ValueError(f'expected activations="relu" or activations="all", got {activations!r}.')
-
-
 def guided_nodes(graph: Operations, activations: str) -> dict[str, list[Node]]:
     """The nodes at which a backward pass is guided, by operation; but for those inside CopySlices nodes."""
     nodes = {

@@ -9,14 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from interpgrad.autocast import at_least_single, without_autocast
-from interpgrad.criteria import Criterion, derivative_of
-from interpgrad.double_backward.engine import leave_to_the_engine
-from interpgrad.errors import ERRORS, cos
+from interpgrad.criteria import Criterion
+from interpgrad.double_backward.engine import untraced
+from interpgrad.errors import ERRORS, MASKED, Error, cos
 from interpgrad.forward import Forward, Recorder, check_batch, forward_without_trace
-from interpgrad.gradients import check_batch_norm, gradient_pair
-from interpgrad.guided import check_activations
+from interpgrad.gradients import backward_passes
 from interpgrad.model import alone_with
-from interpgrad.signals import uninterrupted, uninterrupted_context
+from interpgrad.settings import Settings
+from interpgrad.signals import uninterrupted_context
+from interpgrad.targets import Target, check_given, check_target, make_target
+from interpgrad.transforms import low_pass
 
 
 class InterpretableGradientLoss(nn.Module):
@@ -86,9 +88,10 @@ class InterpretableGradientLoss(nn.Module):
     def __init__(
         self,
         model: nn.Module,
-        error: str | Callable[[Tensor, Tensor], Tensor] = "cos",
+        error: str | Error = "cos",
         lam: float = 7.5e-3,
         *,
+        target: str | Target = "guided",
         criterion: Criterion | str = "log_prob",
         batch_norm: str = "frozen",
         every: int = 1,
@@ -100,22 +103,22 @@ class InterpretableGradientLoss(nn.Module):
         super().__init__()
         if not isinstance(model, nn.Module):
             raise TypeError(f"expected model to be an nn.Module, got {type(model).__name__}: pass the module itself.")
-        if not callable(error) and not (isinstance(error, str) and error in ERRORS):
+        if not callable(error) and not (isinstance(error, str) and error in ERRORS | MASKED):
             raise ValueError(
-                f"expected error to be one of {', '.join(map(repr, ERRORS))} or a callable (delta, guided) -> (N,), "
-                f"got {error!r}."
+                f"expected error to be one of {', '.join(map(repr, ERRORS))} or a callable (delta, target) -> (N,), or "
+                f"'outside', for a mask, got {error!r}."
             )
         if not isinstance(every, int) or every < 1:
             raise ValueError(f"expected every to be an integer of at least 1, got {every!r}.")
         for name, calls in (("start", start), ("warmup", warmup)):
             if not isinstance(calls, int) or calls < 0:
                 raise ValueError(f"expected {name} to be a number of calls, an integer of at least 0, got {calls!r}.")
-        check_activations(activations)
-        check_batch_norm(batch_norm)
-        derivative_of(criterion)
+        check_target(target, error)
+        Settings(criterion, batch_norm, activations)
         self.model = model
         self.error = error
         self.lam = lam
+        self.target = target
         self.criterion = criterion
         self.batch_norm = batch_norm
         self.every = every
@@ -129,69 +132,95 @@ class InterpretableGradientLoss(nn.Module):
         self._term: Tensor | None = None
         self._recorder: Recorder | None = None
         self._verified: set[frozenset[str]] = set()
+        self.register_load_state_dict_pre_hook(_keep_what_no_checkpoint_has)  # type: ignore[no-untyped-call]
 
-    def forward(self, x: Tensor, y: Any, *model_args: Any, **model_kwargs: Any) -> Tensor:
+    @classmethod
+    def recipe(cls, model: nn.Module, steps: int, **overrides: Any) -> InterpretableGradientLoss:
+        """The loss as the README advises it, for a training of so many steps.
+
+        That is `lam=0.3, every=4, start=steps // 2, warmup=steps // 4, transform=low_pass`. `overrides` are arguments
+        of the class, in the place of these or beside them.
+
+        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> InterpretableGradientLoss.recipe(model, steps=1000, lam=0.1).start
+        500
+        """
+        if not isinstance(steps, int) or steps < 1:
+            raise ValueError(
+                f"expected steps to be the number of training steps, an integer of at least 1, got {steps!r}: "
+                "pass epochs * len(loader)."
+            )
+        advised: dict[str, Any] = {
+            "lam": 0.3,
+            "every": 4,
+            "start": steps // 2,
+            "warmup": steps // 4,
+            "transform": low_pass,
+        }
+        return cls(model, **advised | overrides)
+
+    @untraced
+    def forward(self, x: Tensor, y: Any, *model_args: Any, target: Tensor | None = None, **model_kwargs: Any) -> Tensor:
         """The term lam * R for images x (N, C, H, W) and targets y, a 0-dim tensor.
 
-        Further arguments go to the model. After `shared_forward()`, x must be the tensor that was passed to
-        the model there, and its forward pass is used. Under `torch.no_grad()` the value is computed at every
-        call and detached.
+        `target` is for a loss with `target="given"`: a tensor on the device of x, floating point or bool, of its shape
+        or one that broadcasts to it; for `error="outside"` a mask as `interpgrad.errors.outside` takes it. Further
+        arguments go to the model. After `shared_forward()`, x must be the tensor that was passed to the model there,
+        and its forward pass is used. Under `torch.no_grad()` the value is computed at every call and detached.
 
-        Raises: as `interpgrad.input_gradients`, and RuntimeError if x is not the tensor recorded, ValueError
-        if the error does not return (N,).
+        Raises: as `interpgrad.input_gradients`. TypeError or ValueError for a target that is missing, not asked for, or
+        wrong in shape, dtype, device or values; on a GPU the values are looked at in the first call only. RuntimeError
+        if x is not the tensor recorded, ValueError if the error does not return (N,).
         """
-        if not _eager:  # by now, unlike at the import of this file, whoever trains has imported torch._dynamo
-            leave_to_the_engine()
-            _eager.append(torch.compiler.disable(InterpretableGradientLoss._compute))  # type: ignore[no-untyped-call]
-        term: Tensor = _eager[0](self, x, y, *model_args, **model_kwargs)
-        return term
-
-    @uninterrupted
-    def _compute(self, x: Tensor, y: Any, *model_args: Any, **model_kwargs: Any) -> Tensor:
-        """Outside of what torch.compile traces, where it may be part of a training step."""
         check_batch(x, y)
+        check_given(self.target, target, x, self.error)
         training = torch.is_grad_enabled()
         if training and not self._is_due():
             self._step += 1
             return _zero(x)
+        weight = self._weight() * (self.every if training else 1)
 
-        lam = self._weight()
         with alone_with(self.model), torch.enable_grad():
-            if training and self._recorder and self._recorder.forward and self._recorder.up_to_date():
-                forward = _same_images(self._recorder.forward, x)
-            else:
-                forward = forward_without_trace(self.model, x, model_args, model_kwargs, batch_norm=self.batch_norm)
-            delta, guided = gradient_pair(
-                forward,
-                y,
-                derivative=derivative_of(self.criterion),
-                batch_norm=self.batch_norm,
-                activations=self.activations,
-                create_graph=training and lam != 0,
-                verified=self._verified,
-            )
-            delta, guided = at_least_single(delta), at_least_single(guided)
+            forward = self._forward_pass(x, model_args, model_kwargs, training)
+            settings = Settings(self.criterion, self.batch_norm, self.activations)
+            differentiable = training and weight != 0
+            with backward_passes(forward, y, settings, create_graph=differentiable, verified=self._verified) as passes:
+                t = make_target(self.target, target, passes, self.error, first=self.penalty is None)
+                delta = passes.attached_delta
+            delta, t = at_least_single(delta), at_least_single(t)
             with without_autocast(x.device):
-                penalty = self._error(delta, guided).mean()
-                cosine = 1 - cos(delta.detach(), guided).mean()
+                penalty = self._errors(delta, t).mean()
+                cosine = 1 - cos(delta.detach(), t).mean() if self._compares_directions() else None
 
         self.penalty, self.cosine = penalty.detach(), cosine
+        self._term = weight * self.penalty
         if not training:
-            self._term = lam * self.penalty
             return self._term
-        self._term = lam * self.every * self.penalty
         self._step += 1
         self._recorder = None
         forward.close()
-        return lam * self.every * penalty if lam else _zero(x)
+        return weight * penalty if weight else _zero(x)
 
-    def _error(self, delta: Tensor, guided: Tensor) -> Tensor:
+    def _forward_pass(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], training: bool) -> Forward:
+        """The one that was recorded, if it is still that of the model, or one of its own."""
+        recorder = self._recorder
+        if not (training and recorder and recorder.forward and recorder.up_to_date()):
+            return forward_without_trace(self.model, x, args, kwargs, batch_norm=self.batch_norm)
+        if x is not recorder.forward.x:
+            raise RuntimeError(
+                "expected the tensor that was passed to the model inside shared_forward(), got another one of shape "
+                f"{tuple(x.shape)}: call the loss with the same x, after any .to(device) or augmentation."
+            )
+        return recorder.forward
+
+    def _errors(self, delta: Tensor, target: Tensor) -> Tensor:
         """The error of each sample, (N,)."""
         samples = len(delta)
-        error = ERRORS[self.error] if isinstance(self.error, str) else self.error
+        error = (ERRORS | MASKED)[self.error] if isinstance(self.error, str) else self.error
         if self.transform is not None:
-            delta, guided = self.transform(delta), self.transform(guided)
-        value = error(delta, guided)
+            delta = self.transform(delta)
+            target = target if self.error in MASKED else self.transform(target)  # a mask is no gradient
+        value = error(delta, target)
         if not isinstance(value, Tensor) or value.shape != (samples,):
             received = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(
@@ -199,6 +228,9 @@ class InterpretableGradientLoss(nn.Module):
                 "reduce over all dimensions but the first."
             )
         return value
+
+    def _compares_directions(self) -> bool:
+        return self.target != "zero" and self.error not in MASKED
 
     @uninterrupted_context
     def shared_forward(self) -> Iterator[None]:
@@ -223,9 +255,8 @@ class InterpretableGradientLoss(nn.Module):
 
         Plain numbers, which any logger takes; empty before `start`. On a GPU it waits for the result.
         """
-        if self.penalty is None or self.cosine is None or self._term is None:
-            return {}
-        return {"penalty": float(self.penalty), "cosine": float(self.cosine), "term": float(self._term)}
+        values = {"penalty": self.penalty, "cosine": self.cosine, "term": self._term}
+        return {name: float(value) for name, value in values.items() if value is not None}
 
     def _weight(self) -> float:
         """Lam, less during the warm-up, and nothing before."""
@@ -238,8 +269,8 @@ class InterpretableGradientLoss(nn.Module):
         return self._step >= self.start and (self._step - self.start) % self.every == 0
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Hold modules without registering them: the optimizer and the checkpoint must not see them twice."""
-        if isinstance(value, nn.Module):
+        """Hold the model without registering it: the optimizer and the checkpoint must not see it twice."""
+        if name == "model":
             self.__dict__[name] = value
         else:
             super().__setattr__(name, value)
@@ -256,28 +287,17 @@ class InterpretableGradientLoss(nn.Module):
         """Restore the step counter."""
         self._step = int(state)
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
-        """Nothing is missing from a checkpoint of before the loss was there: the counter stays."""
-        super()._load_from_state_dict(state_dict, prefix, *rest)
-        missing = rest[2]
-        missing[:] = [key for key in missing if key != f"{prefix}_extra_state"]
-
     def extra_repr(self) -> str:
         """The settings, in the order of the constructor."""
-        names = ("error", "lam", "criterion", "batch_norm", "every", "start", "warmup", "activations")
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+        names = ("error", "lam", "target", "criterion", "batch_norm", "every", "start", "warmup", "activations")
+        values = {name: getattr(self, name) for name in (*names, "transform")}
+        return ", ".join(f"{name}={getattr(value, '__name__', repr(value))}" for name, value in values.items())
 
 
-_eager: list[Callable[..., Tensor]] = []  # the loss as torch.compile leaves it alone, once it is asked for
-
-
-def _same_images(recorded: Forward, x: Tensor) -> Forward:
-    if x is not recorded.x:
-        raise RuntimeError(
-            "expected the tensor that was passed to the model inside shared_forward(), got another one of shape "
-            f"{tuple(x.shape)}: call the loss with the same x, after any .to(device) or augmentation."
-        )
-    return recorded
+def _keep_what_no_checkpoint_has(reg: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Nothing is missing from a checkpoint of before the loss was there: it stays as it is."""
+    if not any(key.startswith(prefix) for key in state):
+        state.update(reg.state_dict(prefix=prefix))
 
 
 def _zero(x: Tensor) -> Tensor:

@@ -10,14 +10,17 @@ from __future__ import annotations
 import inspect
 import sys
 import traceback
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils import checkpoint as checkpointing
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 def will_run(node: Node) -> bool:
@@ -130,6 +133,12 @@ def _level_of(gradient: Tensor) -> int:
     At a level that is not its own `_remove_batch_dim` adds a dimension, of the size that it is given: here 0.
     """
     return next(level for level in range(63, 0, -1) if len(torch._remove_batch_dim(gradient, level, 0, 0)))
+
+
+def disable_dynamo(function: Callable[P, T]) -> Callable[P, T]:
+    """As torch.compiler.disable, which imports the compiler at once: `_disable_dynamo`, torch 2.6 to 2.14."""
+    disabled: Callable[P, T] = torch._disable_dynamo(function)  # type: ignore[attr-defined]
+    return disabled
 
 
 def is_compiled_wrapper(module: nn.Module) -> bool:

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from interpgrad import frozen, graph
-from interpgrad.criteria import Criterion, Derivative, derivative_of, refuse_out_of_range
+from interpgrad.criteria import Criterion, refuse_out_of_range
 from interpgrad.double_backward import attention
 from interpgrad.forward import Forward, check_batch, forward_without_trace, is_compiled
-from interpgrad.gradients import check_batch_norm, gradient_pair
-from interpgrad.guided import check_activations, guided_backward, guided_nodes, unguided
+from interpgrad.gradients import backward_passes
+from interpgrad.guided import guided_backward, guided_nodes, unguided
 from interpgrad.model import alone_with, class_logits, unwrap
-from interpgrad.signals import uninterrupted
+from interpgrad.settings import Settings
 
 _KNOWN = ("interpgrad", "torch")  # whose autograd Functions are no finding
 
@@ -58,7 +58,6 @@ class Report:
         return "\n".join([f"{self.model} {verdict} with the interpretable gradient loss:", *map(str, self.findings)])
 
 
-@uninterrupted
 def check(
     model: nn.Module,
     x: Tensor,
@@ -97,34 +96,18 @@ def check(
     note   activations: guided at Relu x1. Nothing to do.
     """
     check_batch(x, y)
-    check_activations(activations)
-    check_batch_norm(batch_norm)
-    derivative = derivative_of(criterion)
-    if isinstance(criterion, str):
-        derivative = _looking_at_targets(derivative)
+    settings = Settings(criterion, batch_norm, activations)
     findings = []
     try:
         with alone_with(model), torch.enable_grad():
-            for finding in _findings(model, x, y, derivative, batch_norm, activations):
+            for finding in _findings(model, x, y, settings):
                 findings.append(finding)
     except (TypeError, ValueError, RuntimeError) as error:
         findings.append(Finding("error", "the loss", str(error)))
     return Report(type(unwrap(model)).__name__, tuple(findings))
 
 
-def _looking_at_targets(derivative: Derivative) -> Derivative:
-    """On a GPU as well, where training does not look."""
-
-    def looking(logits: Tensor, y: Any, create_graph: bool) -> Tensor:
-        refuse_out_of_range(logits, y)
-        return derivative(logits, y, create_graph)
-
-    return looking
-
-
-def _findings(
-    model: nn.Module, x: Tensor, y: Any, derivative: Any, batch_norm: str, activations: str
-) -> Iterator[Finding]:
+def _findings(model: nn.Module, x: Tensor, y: Any, settings: Settings) -> Iterator[Finding]:
     """One after the other, on the way that the loss goes."""
     if is_compiled(model):
         yield _note(
@@ -133,11 +116,11 @@ def _findings(
             "of its own on the original module.",
         )
     with _AttentionCalls() as attends:
-        forward = forward_without_trace(model, x, batch_norm=batch_norm)
+        forward = forward_without_trace(model, x, batch_norm=settings.batch_norm)
     operations = graph.operations(forward.logits, until=forward.image)
-    yield from _about_activations(operations, activations)
+    yield from _about_activations(operations, settings.activations)
     yield from _about_functions(operations)
-    yield from _about_statistics(operations, batch_norm)
+    yield from _about_statistics(operations, settings.batch_norm)
     if attends.calls:
         yield _note(
             "attention",
@@ -150,8 +133,8 @@ def _findings(
             "checkpointed layers run again in every backward pass, three times instead of once. Checkpoint no more "
             "than the memory asks for.",
         )
-    delta = _twice_differentiated(forward, y, derivative, batch_norm, activations)
-    yield from _about_views(forward, operations, activations)
+    delta = _twice_differentiated(forward, y, settings)
+    yield from _about_views(forward, operations, settings.activations)
     yield _about_cost(delta, forward.image)
 
 
@@ -213,12 +196,13 @@ def _about_cost(delta: Tensor, image: Tensor) -> Finding:
     )
 
 
-def _twice_differentiated(forward: Forward, y: Any, derivative: Any, batch_norm: str, activations: str) -> Tensor:
+def _twice_differentiated(forward: Forward, y: Any, settings: Settings) -> Tensor:
     """Delta, whose derivative in the parameters has been taken, as backpropagation of the loss takes it."""
     y = class_logits(forward.logits.detach()).argmax(1) if y is None else y
-    delta, guided = gradient_pair(
-        forward, y, derivative=derivative, batch_norm=batch_norm, activations=activations, create_graph=True
-    )
+    if isinstance(settings.criterion, str):  # on a GPU as well, where training does not look
+        refuse_out_of_range(forward.logits, y)
+    with backward_passes(forward, y, settings, create_graph=True) as passes:
+        guided, delta = passes.gradient(guided=True), passes.attached_delta
     parameters = [leaf for leaf in graph.leaves(delta, until=forward.image) if leaf is not forward.image]
     if parameters:
         torch.autograd.grad(delta, parameters, guided.to(delta.dtype), retain_graph=True, allow_unused=True)

@@ -85,6 +85,7 @@ ERRORS = {
     "mae": lambda d, g: (d - g).abs().sum(1) / d.shape[1],
     "mse": lambda d, g: (d - g).square().sum(1) / d.shape[1],
     "hi": lambda d, g: -torch.minimum(d.abs(), g.abs()).sum(1) / (d.abs().sum(1) * g.abs().sum(1)),
+    "outside": lambda d, m: 1 - (m * d * d).sum(1) / (d * d).sum(1),
 }
 
 

@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from interpgrad import InterpretableGradientLoss, input_gradients
+from interpgrad import InterpretableGradientLoss, input_gradients, low_pass
 
 
 def gradients_of(value, model, **settings):
@@ -39,17 +39,19 @@ def assert_same_gradients(ours, expected, floor=1e-5):
 
 
 def assert_is_the_reference(
-    model, reference, x, y, shared, error="cos", criterion="log_prob", prepared=None, floor=1e-5
+    model, reference, x, y, shared, error="cos", criterion="log_prob", prepared=None, floor=1e-5, target="guided"
 ):
     """Delta, the guided gradient, the penalty and its gradient."""
     delta, guided, _ = prepared or frozen.reference(reference, x, y, criterion)
-    expected = frozen.penalty(delta, guided, error)
-    reg = InterpretableGradientLoss(model, error, lam=1.0, criterion=criterion)
+    mask = torch.arange(x[:, :1].numel()).view_as(x[:, :1]) % 3 == 0
+    constant = {"guided": guided, "low_pass": low_pass(delta.detach()), "given": mask.expand_as(x).to(x.dtype)}[target]
+    expected = frozen.penalty(delta, constant, error)
+    reg = InterpretableGradientLoss(model, error, lam=1.0, criterion=criterion, target=target)
     with deterministic():
         if shared:
             with reg.shared_forward():
                 model(x)
-        value = reg(x, y)
+        value = reg(x, y, target=mask) if target == "given" else reg(x, y)
     torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-15)  # 1 - cosine, rounded at 1
     assert_same_gradients(gradients_of(value, model), gradients_of(expected, reference, retain_graph=True), floor)
     return delta, guided
@@ -57,7 +59,7 @@ def assert_is_the_reference(
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_architectures(name):
-    """Four errors, from shared forward passes and others."""
+    """Every error, three targets, from shared forward passes and others."""
     model, size = architecture(name, training=True)
     reference = copy.deepcopy(model)
     x, y = data(n=3, size=size, classes=10)
@@ -66,9 +68,12 @@ def test_architectures(name):
         ours = input_gradients(model, x, y)
     assert relative_difference(ours[0], delta.detach()) < 1e-9
     assert relative_difference(ours[1], guided) < 1e-9
-    for index, error in enumerate(frozen.ERRORS):
-        prepared = delta, guided, logits
-        assert_is_the_reference(model, reference, x, y, shared=index % 2 == 1, error=error, prepared=prepared)
+    others = {"low_pass": "cos", "given": "outside"}
+    cases = [(error, "guided") for error in frozen.ERRORS if error != "outside"]
+    cases += [(error, target) for target, error in others.items()]
+    for index, (error, target) in enumerate(cases):
+        settings = {"error": error, "target": target, "prepared": (delta, guided, logits)}
+        assert_is_the_reference(model, reference, x, y, shared=index % 2 == 1, **settings)
 
 
 @pytest.mark.parametrize("shared", [False, True], ids=["plain", "shared"])

@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "model": {"private", "signals"},
     "metrics": {"model"},
     "plot": {"metrics"},
-    "graph": {"private"},
+    "graph": {"double_backward", "private"},
     "criteria": {"autocast", "graph", "model"},
     "transforms": set(),
     "autocast": set(),
@@ -33,6 +33,7 @@ MAY_IMPORT = {
     "frozen": {"double_backward", "graph"},
     "sharded": {"private"},
     "forward": {"autocast", "double_backward", "model", "private", "sharded"},
+    "settings": {"criteria", "guided"},
     "gradients": {
         "autocast",
         "criteria",
@@ -42,29 +43,19 @@ MAY_IMPORT = {
         "graph",
         "guided",
         "model",
-        "signals",
+        "settings",
     },
-    "loss": {"autocast", "criteria", "double_backward", "errors", "forward", "gradients", "guided", "model", "signals"},
+    "targets": {"autocast", "errors", "gradients", "transforms"},
+    "loss": {
+        *("autocast", "criteria", "double_backward", "errors", "forward", "gradients", "model", "settings", "signals"),
+        *("targets", "transforms"),
+    },
     "report": {
-        "criteria",
-        "double_backward",
-        "forward",
-        "frozen",
-        "gradients",
-        "graph",
-        "guided",
-        "model",
-        "signals",
+        *("criteria", "double_backward", "forward", "frozen", "gradients", "graph", "guided", "model", "settings"),
     },
     "integrations": {"forward", "loss"},
-    "saliency": {"criteria", "forward", "gradients", "guided", "model", "signals"},
-    "__init__": {
-        "double_backward",
-        "gradients",
-        "loss",
-        "report",
-        "transforms",
-    },  # and those by name, once they are asked for
+    "saliency": {"criteria", "forward", "gradients", "guided", "model", "settings", "signals"},
+    "__init__": {"double_backward", "gradients", "loss", "report", "transforms"},  # and those by name, once asked for
 }
 
 

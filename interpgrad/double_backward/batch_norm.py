@@ -24,10 +24,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import Function
 
 from interpgrad.autocast import at_least_single
-from interpgrad.double_backward.engine import apply_each, in_frozen_pass, stock_gradients, tensors_of, wanted
+from interpgrad.double_backward.engine import Function, apply_each, in_frozen_pass, stock_gradients, tensors_of, wanted
 
 aten = torch.ops.aten
 
@@ -53,7 +52,7 @@ class Kernel(NamedTuple):
         return dx, dweight, dbias
 
 
-class _BatchNorm(Function):
+class BatchNorm(Function):
     """y = weight xhat + bias. The statistics are of the batch in training mode, unless they are each sample's own."""
 
     @staticmethod
@@ -291,7 +290,7 @@ def _batch_norm(
         return NotImplemented
     input, weight = dense(input), weight if weight is None else weight.contiguous()
     of_the_batch = len(input) > 1 or running_mean is not None
-    return _BatchNorm.apply(input, weight, bias, running_mean, running_var, training, momentum, eps, of_the_batch)
+    return BatchNorm.apply(input, weight, bias, running_mean, running_var, training, momentum, eps, of_the_batch)
 
 
 def _torch_batch_norm(
@@ -331,7 +330,7 @@ def _instance_norm(
     affine = [None if each is None else each.repeat(samples) for each in (weight, bias)]
     rows = input.contiguous().view(1, samples * channels, *input.shape[2:])
     training = use_input_stats or running_mean is None
-    y = _BatchNorm.apply(rows, *affine, *running, training, momentum, eps, running_mean is not None)
+    y = BatchNorm.apply(rows, *affine, *running, training, momentum, eps, running_mean is not None)
     for own, new in zip((running_mean, running_var), running, strict=True):
         if own is not None and new is not None and training:
             own.copy_(new.view(samples, channels).mean(0))

@@ -16,10 +16,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import Function
 
 from interpgrad.autocast import autocast_dtype, without_autocast
-from interpgrad.double_backward.engine import apply_each, tensors_of, wanted
+from interpgrad.double_backward.engine import Function, apply_each, tensors_of, wanted
 
 aten = torch.ops.aten
 Geometry = tuple[Sequence[int], Sequence[int], Sequence[int], bool, Sequence[int], int]

@@ -5,16 +5,19 @@ Which gradients somebody will use, and in whose backward pass it runs.
 
 from __future__ import annotations
 
+import functools
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
-from torch.nn.modules import _functions
 
 from interpgrad import private
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 def tensors_of(*inputs: Any) -> tuple[bool, ...]:
@@ -76,16 +79,33 @@ def apply_each(function: Any, g: Tensor, *others: Any) -> Any:
     return tuple(None if parts[0] is None else private.batched(parts, g) for parts in zip(*results, strict=True))
 
 
-def leave_to_the_engine() -> None:
-    """Have torch.compile not trace the backward passes of this package's Functions.
+def untraced(function: Callable[P, T]) -> Callable[P, T]:
+    """A decorator: torch.compile leaves the function alone."""
+    disabled = private.disable_dynamo(function)
 
-    Where it compiles a training step, it would trace what `loss.backward()` calls, and take what the engine says there,
-    which pass this is and what it wants, for constants.
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        compiles = "torch._dynamo" in sys.modules  # which takes a second to import: not before somebody compiles
+        return disabled(*args, **kwargs) if compiles else function(*args, **kwargs)
+
+    return call
+
+
+class Function(torch.autograd.Function):
+    """An autograd Function whose backward pass torch.compile does not trace.
+
+    NOTE. Inside a compiled training step the compiler follows `loss.backward()` into the backward passes. What they
+    ask the engine, which pass this is and what it needs, would become constants.
+
+    Attributes:
+        operation: the native node that it stands for, such as "Relu", by which the graph is read; else its own name.
     """
-    for function in (*Function.__subclasses__(), *_functions.SyncBatchNorm.__subclasses__()):
-        if function.__module__.startswith("interpgrad."):
-            eager = torch.compiler.disable(function.backward)  # type: ignore[no-untyped-call]
-            function.backward = staticmethod(eager)  # type: ignore[method-assign]
+
+    operation = ""
+
+    def __init_subclass__(cls) -> None:
+        cls.operation = cls.operation or f"{cls.__module__}.{cls.__qualname__}"
+        cls.backward = staticmethod(untraced(cls.backward))  # type: ignore[method-assign]
 
 
 class Root(Function):

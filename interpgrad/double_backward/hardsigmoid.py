@@ -7,15 +7,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import Function
 
-from interpgrad.double_backward.engine import apply_each
+from interpgrad.double_backward.engine import Function, apply_each
 
 aten = torch.ops.aten
 
 
 class Hardsigmoid(Function):
-    """y = clamp(x / 6 + 1 / 2, 0, 1). Named as stock's node is, by which the graph is read."""
+    """y = clamp(x / 6 + 1 / 2, 0, 1)."""
+
+    operation = "Hardsigmoid"
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, inplace: bool) -> Tensor:

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import Function
 
 from interpgrad.autocast import autocast_dtype
+from interpgrad.double_backward.engine import Function
 
 aten = torch.ops.aten
 Settings = tuple[Any, ...]  # what both kernels take beside the tensors

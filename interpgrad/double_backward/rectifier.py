@@ -1,8 +1,7 @@
 """ReLU, leaky ReLU and hardtanh, whose double backward is the same mask once more.
 
 Stock adds to that a gradient for the masked values: a tensor of zeros, which is written, added to what arrives there by
-other ways, and runs through the backward pass of every layer before. Here the mask is a constant. The Functions are
-named as stock's nodes are, by which the graph is read.
+other ways, and runs through the backward pass of every layer before. Here the mask is a constant.
 """
 
 from __future__ import annotations
@@ -13,8 +12,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import Function
 
+from interpgrad.double_backward.engine import Function
 from interpgrad.double_backward.on_views import by_copy
 
 aten = torch.ops.aten
@@ -22,6 +21,8 @@ aten = torch.ops.aten
 
 class Relu(Function):
     """y = max(x, 0), which saves its output, as the native one does."""
+
+    operation = "Relu"
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, inplace: bool) -> Tensor:
@@ -40,6 +41,8 @@ class Relu(Function):
 class LeakyRelu(Function):
     """y = max(x, 0) + slope min(x, 0), which saves its output in place, else its input, as the native one does."""
 
+    operation = "LeakyRelu"
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, slope: float, inplace: bool) -> Tensor:
         y: Tensor = aten.leaky_relu_(x, slope) if inplace else aten.leaky_relu(x, slope)
@@ -57,6 +60,8 @@ class LeakyRelu(Function):
 
 class Hardtanh(Function):
     """y = clamp(x, low, high), which saves its input, in place a copy of it, as the native one does."""
+
+    operation = "Hardtanh"
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, low: float, high: float, inplace: bool) -> Tensor:

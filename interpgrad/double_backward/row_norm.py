@@ -20,12 +20,11 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import Function
 
 from interpgrad.autocast import at_least_single, autocast_dtype
 from interpgrad.double_backward import batch_norm
 from interpgrad.double_backward.batch_norm import Gradients
-from interpgrad.double_backward.engine import apply_each, stock_gradients, tensors_of, wanted
+from interpgrad.double_backward.engine import Function, apply_each, stock_gradients, tensors_of, wanted
 
 aten = torch.ops.aten
 

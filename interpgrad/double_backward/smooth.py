@@ -4,7 +4,7 @@
     SiLU    f'' = s (1 - s) (2 + x (1 - 2 s)), with s the sigmoid of x
 
 The backward pass dx = g f'(x) is a Function of its own: for an incoming u the gradient for g is u f'(x), by the same
-kernel, and the one for x is u g f''(x). The Functions are named as stock's nodes are, by which the graph is read.
+kernel, and the one for x is u g f''(x).
 """
 
 from __future__ import annotations
@@ -16,16 +16,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import Function
 
 from interpgrad.autocast import at_least_single
-from interpgrad.double_backward.engine import apply_each
+from interpgrad.double_backward.engine import Function, apply_each
 
 aten = torch.ops.aten
 
 
 class Gelu(Function):
     """y = x Phi(x)."""
+
+    operation = "Gelu"
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -41,6 +42,8 @@ class Gelu(Function):
 
 class Silu(Function):
     """y = x sigmoid(x). In place, on y; x, a copy from outside of the Function, is then what is differentiated."""
+
+    operation = "Silu"
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor | None) -> Tensor:

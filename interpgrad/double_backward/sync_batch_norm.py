@@ -18,12 +18,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd import Function
 from torch.nn.modules import _functions as torch_functions
 
 from interpgrad.autocast import at_least_single
 from interpgrad.double_backward.batch_norm import Scaling, channels, constant_backward
-from interpgrad.double_backward.engine import apply_each, in_frozen_pass, wanted
+from interpgrad.double_backward.engine import Function, apply_each, in_frozen_pass, wanted
 
 
 class _SumOverRanks(Function):
@@ -42,7 +41,7 @@ class _SumOverRanks(Function):
         return None if g is None else _SumOverRanks.apply(g, ctx.group), None
 
 
-class _Standardized(Function):
+class Standardized(Function):
     """(x - mean) s: the sums over the batch that its backward pass needs are the statistics' own gradients."""
 
     @staticmethod
@@ -59,7 +58,7 @@ class _Standardized(Function):
         return g * channels(invstd, x), -g.sum(dims) * invstd, (g * (x - channels(mean, x))).sum(dims)
 
 
-class _SyncBatchNorm(torch_functions.SyncBatchNorm):
+class SyncBatchNorm(Function, torch_functions.SyncBatchNorm):
     """torch's own, on its kernels."""
 
     @staticmethod
@@ -111,7 +110,7 @@ def _forward(layer: nn.SyncBatchNorm, differentiable: bool, x: Tensor) -> Tensor
     if layer.track_running_stats:
         momentum, running_mean, running_var = _momentum(layer), layer.running_mean, layer.running_var
     world = dist.get_world_size(group)
-    y: Tensor = _SyncBatchNorm.apply(
+    y: Tensor = SyncBatchNorm.apply(
         x, layer.weight, layer.bias, running_mean, running_var, layer.eps, momentum, group, world
     )
     return y
@@ -119,7 +118,11 @@ def _forward(layer: nn.SyncBatchNorm, differentiable: bool, x: Tensor) -> Tensor
 
 def smallest(operations: Mapping[str, Sequence[Any]], value: Tensor) -> Tensor:
     """The smallest of the ranks' values, of those whose sums in a backward pass over these nodes are common."""
-    nodes = [node for name in ("_SumOverRanks", "_SyncBatchNorm", "SyncBatchNorm") for node in operations.get(name, ())]
+    nodes = [
+        node
+        for name in (_SumOverRanks.operation, SyncBatchNorm.operation, "SyncBatchNorm")
+        for node in operations.get(name, ())
+    ]
     groups = {node.group if hasattr(node, "group") else node.process_group for node in nodes}
     for group in groups:
         dist.all_reduce(value, dist.ReduceOp.MIN, group=group)
@@ -154,7 +157,7 @@ def _normalize(x: Tensor, eps: float, group: Any) -> tuple[Tensor, Tensor, Tenso
     n = n.detach()
     mean = total[0] / n
     variance = _SumOverRanks.apply((x - channels(mean, x)).square().sum(dims), group) / n
-    return _Standardized.apply(x, mean, (variance + eps).rsqrt()), mean, variance, n
+    return Standardized.apply(x, mean, (variance + eps).rsqrt()), mean, variance, n
 
 
 def _momentum(layer: nn.SyncBatchNorm) -> float:

@@ -7,12 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from interpgrad.criteria import Criterion, Derivative, derivative_of
+from interpgrad.criteria import Criterion
 from interpgrad.forward import check_images, forward_without_trace
-from interpgrad.gradients import gradient_pair
-from interpgrad.guided import check_activations
+from interpgrad.gradients import backward_passes
 from interpgrad.model import class_logits, classes_to_explain, evaluation_mode, logits_of
-from interpgrad.signals import uninterrupted
+from interpgrad.settings import Settings
 
 
 def gradient(
@@ -46,12 +45,7 @@ def gradient(
     torch.Size([2, 3, 8, 8])
     """
     check_images(x)
-    derivative = derivative_of(criterion)
-    parts: list[Tensor] = []
-    with evaluation_mode(model, gradients=True):
-        for images, given in chunks(x.detach(), target, chunk_size):
-            parts.append(_gradient_pair(model, images, given, derivative, None)[0])
-    return torch.cat(parts)
+    return _gradient(model, x, target, Settings(criterion), chunk_size, guided=False)
 
 
 def guided_gradient(
@@ -75,28 +69,20 @@ def guided_gradient(
     torch.Size([2, 3, 8, 8])
     """
     check_images(x)
-    check_activations(activations)
-    derivative = derivative_of(criterion)
-    parts = []
+    return _gradient(model, x, target, Settings(criterion, activations=activations), chunk_size, guided=True)
+
+
+def _gradient(
+    model: nn.Module, x: Tensor, target: Any, settings: Settings, chunk_size: int | None, *, guided: bool
+) -> Tensor:
+    parts: list[Tensor] = []
     with evaluation_mode(model, gradients=True):
         for images, given in chunks(x.detach(), target, chunk_size):
-            parts.append(_gradient_pair(model, images, given, derivative, activations)[1])
+            forward = forward_without_trace(model, images)
+            classes = classes_to_explain(given, class_logits(forward.logits))
+            with backward_passes(forward, classes, settings, create_graph=False) as passes:
+                parts.append(passes.gradient(guided=guided))
     return torch.cat(parts)
-
-
-@uninterrupted
-def _gradient_pair(
-    model: nn.Module, images: Tensor, target: Any, derivative: Derivative, activations: str | None
-) -> tuple[Tensor, Tensor]:
-    forward = forward_without_trace(model, images)
-    return gradient_pair(
-        forward,
-        classes_to_explain(target, class_logits(forward.logits)),
-        derivative=derivative,
-        batch_norm="frozen",
-        activations=activations,
-        create_graph=False,
-    )
 
 
 def smooth_gradient(

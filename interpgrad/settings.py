@@ -1,0 +1,31 @@
+"""What gradients are taken of, and how: validated once, passed on whole."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from interpgrad.criteria import Criterion, Derivative, derivative_of
+from interpgrad.guided import FAMILIES
+
+BATCH_NORM = ("frozen", "coupled")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """As of `interpgrad.input_gradients`, which documents each. A ValueError names what is unknown."""
+
+    criterion: Criterion | str = "log_prob"
+    batch_norm: str = "frozen"
+    activations: str = "all"
+
+    def __post_init__(self) -> None:
+        if self.activations not in FAMILIES:
+            raise ValueError(f'expected activations="relu" or activations="all", got {self.activations!r}.')
+        if self.batch_norm not in BATCH_NORM:
+            raise ValueError(f'expected batch_norm="frozen" or batch_norm="coupled", got {self.batch_norm!r}.')
+        derivative_of(self.criterion)
+
+    @property
+    def derivative(self) -> Derivative:
+        """Of the criterion, at the logits."""
+        return derivative_of(self.criterion)

@@ -1,0 +1,129 @@
+"""Targets: the constants that the input gradient delta is compared with.
+
+    "guided"      the guided gradient of the same criterion: one more backward pass
+    "low_pass"    delta's own 3x3 mean
+    "zero"        0: with error="mse" the classical gradient penalty
+    "given"       a tensor of each call, `reg(x, y, target=t)`: a map to agree with, or a mask
+    a callable    `(passes) -> tensor`, of what `interpgrad.gradients.Passes` offers
+
+Source of the second penalty: Drucker and LeCun, "Improving generalization performance using double backpropagation",
+1992; Ross and Doshi-Velez, arXiv 1711.09404.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from interpgrad.autocast import at_least_single
+from interpgrad.errors import MASKED, mask_for
+from interpgrad.gradients import Passes
+from interpgrad.transforms import low_pass
+
+Target = Callable[[Passes], Tensor]
+
+GIVEN = "given"
+_MADE: dict[str, Target] = {
+    "guided": lambda passes: passes.gradient(guided=True),
+    "low_pass": lambda passes: low_pass(at_least_single(passes.delta)),
+    "zero": lambda passes: passes.x.new_zeros(()).expand_as(passes.x),
+}
+_NO_DIRECTION = 'which has no direction: use error="mse", the gradient penalty, or error="mae".'
+_NO_MASK = 'which is no mask: use target="given", and reg(x, y, target=mask) at each call, or a callable.'
+
+
+def check_target(target: Target | str, error: Any) -> None:
+    """Raise a ValueError for an unknown target, or one that the error has no use for."""
+    if not callable(target) and not (isinstance(target, str) and target in (*_MADE, GIVEN)):
+        raise ValueError(
+            f"expected target to be one of {', '.join(map(repr, (*_MADE, GIVEN)))} or a callable (passes) -> tensor, "
+            f"got {target!r}."
+        )
+    if target == "zero" and error in ("cos", "hi"):
+        raise ValueError(
+            f'expected an error that compares with 0, got error="{error}" with target="zero", {_NO_DIRECTION}'
+        )
+    if error in MASKED and target in _MADE:
+        raise ValueError(f'expected a mask of relevant pixels for error="outside", got target="{target}", {_NO_MASK}')
+
+
+def check_given(target: Target | str, given: Any, x: Tensor, error: Any) -> None:
+    """Raise an error unless a tensor was given where one is asked for, and no other. Its values are not looked at."""
+    if target != GIVEN and given is not None:
+        raise TypeError(
+            f"expected no target at this call, got {type(given).__name__} for a loss with target={target!r}: make the "
+            'loss with target="given".'
+        )
+    if target == GIVEN and given is None:
+        raise TypeError(
+            'expected a target at this call, got none for a loss with target="given": call reg(x, y, target=t).'
+        )
+    if target == GIVEN:
+        _as_constant(given, x, error)
+
+
+def make_target(target: Target | str, given: Any, passes: Passes, error: Any, *, first: bool) -> Tensor:
+    """The target of these passes, of delta's shape, or a mask as it was given.
+
+    Args:
+        target: of the loss.
+        given: of this call.
+        passes: the backward passes over its graph.
+        error: of the loss; "outside" takes a mask.
+        first: whether this is the first call. At later ones nobody looks at the values of what is made here, nor of
+            what is given on a GPU, which would have to be waited for.
+
+    Raises:
+        TypeError: it is no tensor, or neither floating point nor bool.
+        ValueError: it is on another device than x, does not broadcast to its shape, or holds NaN or infinity; a mask
+            is not in [0, 1].
+    """
+    if isinstance(target, str) and target in _MADE:
+        return _MADE[target](passes)
+    made = _as_constant(given if target == GIVEN else target(passes), passes.x, error)  # type: ignore[operator]
+    if first or (target == GIVEN and made.device.type == "cpu"):
+        _refuse_values(made, error)
+    if first and error in MASKED:
+        zero = (mask_for(passes.x, made) == 0).expand_as(passes.x).flatten(1).all(1)
+        if zero.any():
+            warnings.warn(
+                f"mask: {int(zero.sum())} of {len(zero)} images have one of zeros, an error of 1 and no gradient. Give "
+                "images without annotation a mask of ones.",
+                stacklevel=2,
+            )
+    return made
+
+
+def _as_constant(target: Any, x: Tensor, error: Any) -> Tensor:
+    if not isinstance(target, Tensor) or not (target.is_floating_point() or target.dtype == torch.bool):
+        received = f"a tensor of {target.dtype}" if isinstance(target, Tensor) else type(target).__name__
+        raise TypeError(
+            f"expected target to be a tensor, floating point or bool, got {received}: convert it, as t.float()."
+        )
+    if target.device != x.device:
+        raise ValueError(f"expected target on {x.device}, as the images, got {target.device}: use t.to(x.device).")
+    constant: Tensor = target.detach().to(at_least_single(x[:0]).dtype)
+    if error in MASKED:
+        mask_for(x, constant)
+        return constant
+    try:
+        return constant.expand_as(x)
+    except RuntimeError:
+        raise ValueError(
+            f"expected target to have the shape of the images, {tuple(x.shape)}, or one that broadcasts to it, got "
+            f"{tuple(target.shape)}: a map for each image is (N, 1, H, W)."
+        ) from None
+
+
+def _refuse_values(target: Tensor, error: Any) -> None:
+    if not target.isfinite().all():
+        raise ValueError("expected a finite target, got NaN or infinity: look at how it was made.")
+    if error != "outside":
+        return
+    low, high = (float(end) for end in target.aminmax())
+    if low < 0 or high > 1:
+        raise ValueError(f"expected a mask in [0, 1], got values from {low:g} to {high:g}: divide it by its largest.")
