@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from interpgrad.autocast import without_autocast
+from interpgrad.cleanup import finally_call
 from interpgrad.double_backward import fast_double_backward
 from interpgrad.double_backward.engine import Root
 from interpgrad.double_backward.sync_batch_norm import replaced_sync_batch_norm
@@ -121,16 +122,12 @@ class Recorder:
                 "expected a module that runs eagerly inside shared_forward(), got one under torch.compile, whose graph "
                 "has no double backward: call the loss without shared_forward(); it runs the original module."
             )
-        handles = [
-            module.register_forward_pre_hook(self._before, with_kwargs=True, prepend=True),
-            module.register_forward_hook(self._after, always_call=True),
-        ]
-        try:
+        handles: list[Any] = []
+        with finally_call(lambda: [handle.remove() for handle in handles]):
+            handles.append(module.register_forward_pre_hook(self._before, with_kwargs=True, prepend=True))
+            handles.append(module.register_forward_hook(self._after, always_call=True))
             with _recording(module, self._batch_norm) as self._mode:
                 yield
-        finally:
-            for handle in handles:
-                handle.remove()
         if not self.finished:
             raise RuntimeError(
                 "expected a forward pass inside shared_forward(), got none: call the model that was given to the "
@@ -250,46 +247,62 @@ def _recording(module: nn.Module, batch_norm: str, *, without_trace: bool = Fals
             yield mode
 
 
-class _Swapped(NamedTuple):
-    """A module whose buffers are clones: its own, and one entry for each context it is so for."""
-
-    own: list[tuple[nn.Module, dict[str, Tensor | None]]]
-    users: list[None]
+Buffers = dict[str, "Tensor | None"]
 
 
-_swapped: weakref.WeakKeyDictionary[nn.Module, _Swapped] = weakref.WeakKeyDictionary()
-_swapping = threading.Lock()
+class _Lent(NamedTuple):
+    """A module whose buffers are clones: the modules' dictionaries, what they held, and who is using it."""
+
+    buffers: list[Buffers]
+    own: list[Buffers]
+    users: set[object]
+
+
+_lent: weakref.WeakKeyDictionary[nn.Module, _Lent] = weakref.WeakKeyDictionary()
+_lending = threading.Lock()
 
 
 @contextmanager
 def _own_buffers(module: nn.Module) -> Iterator[None]:
-    """Give the modules clones of their buffers, and back their own, with what they hold.
+    """Lend the modules clones of their buffers, and give back their own, with what they hold.
 
     By hand: torch.func.functional_call loses the buffers of a module that is reachable under two names. Layers that run
-    again in a backward pass, on whatever thread, find them given, and the last to leave gives back.
+    again in a backward pass, on whatever thread, find them lent, and the last to leave gives back.
+
+    NOTE. Not kept and copied back: a graph may have saved a buffer that the pass has changed in place.
     """
-    with _swapping:
-        swapped = _swapped.get(module) or _Swapped([(part, dict(part._buffers)) for part in module.modules()], [])
-        if not swapped.users:
-            _give_clones(swapped.own)
-            _swapped[module] = swapped
-        swapped.users.append(None)
-    try:
+    of_each = [part._buffers for part in module.modules()]
+    user, lent = object(), _Lent(of_each, [dict(each) for each in of_each], set())
+
+    def give_back() -> None:
+        with _lending:
+            lent.users.discard(user)
+            if lent.users:
+                return
+            _update(lent.buffers, lent.own)
+            _lent.pop(module, None)
+            for each, own in zip(lent.buffers, lent.own, strict=True):
+                for name in each.keys() - own.keys():
+                    del each[name]
+
+    with finally_call(give_back):
+        with _lending:
+            lent = _lent.setdefault(module, lent)
+            lent.users.add(user)
+            if len(lent.users) == 1:
+                _update(lent.buffers, _clones(lent.own))
         yield
-    finally:
-        with _swapping:
-            swapped.users.pop()
-            if not swapped.users:
-                del _swapped[module]
-                for part, buffers in swapped.own:
-                    part._buffers.clear()
-                    part._buffers.update(buffers)
 
 
-def _give_clones(own: list[tuple[nn.Module, dict[str, Tensor | None]]]) -> None:
-    clones = {id(buffer): buffer.clone() for _, buffers in own for buffer in buffers.values() if buffer is not None}
-    for part, buffers in own:
-        part._buffers.update({name: clones.get(id(buffer)) for name, buffer in buffers.items()})
+def _update(buffers: list[Buffers], contents: list[Buffers]) -> None:
+    for each, content in zip(buffers, contents, strict=True):
+        each.update(content)
+
+
+def _clones(own: list[Buffers]) -> list[Buffers]:
+    """Of all buffers, one for each, however often it is reachable."""
+    clones = {id(buffer): buffer.clone() for each in own for buffer in each.values() if buffer is not None}
+    return [{name: clones.get(id(buffer)) for name, buffer in each.items()} for each in own]
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,7 +17,6 @@ from interpgrad.forward import Forward, Recorder, check_batch, forward_without_t
 from interpgrad.gradients import backward_passes
 from interpgrad.model import alone_with
 from interpgrad.settings import Settings
-from interpgrad.signals import uninterrupted_context
 from interpgrad.targets import Target, check_given, check_target, make_target
 from interpgrad.transforms import low_pass
 
@@ -232,7 +232,7 @@ class InterpretableGradientLoss(nn.Module):
     def _compares_directions(self) -> bool:
         return self.target != "zero" and self.error not in MASKED
 
-    @uninterrupted_context
+    @contextmanager
     def shared_forward(self) -> Iterator[None]:
         """Record the forward pass of the model inside, for the next call of the loss.
 

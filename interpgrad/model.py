@@ -5,14 +5,14 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from interpgrad.cleanup import finally_call
 from interpgrad.private import is_compiled_wrapper
-from interpgrad.signals import uninterrupted_context
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -64,19 +64,21 @@ def alone_with(model: nn.Module) -> AbstractContextManager[Any]:
         return _locks.setdefault(unwrap(model), threading.RLock())
 
 
-@uninterrupted_context
+@contextmanager
 def evaluation_mode(model: nn.Module, *, gradients: bool) -> Iterator[None]:
     """The model in evaluation mode, and gradients recorded or not; afterwards all modes as they were."""
     with alone_with(model):
         modes, recorded = [(module, module.training) for module in model.modules()], torch.is_grad_enabled()
-        try:
-            model.eval()
-            torch.set_grad_enabled(gradients)
-            yield
-        finally:
+
+        def restore() -> None:
             torch.set_grad_enabled(recorded)
             for module, training in modes:
                 module.training = training
+
+        with finally_call(restore):
+            model.eval()
+            torch.set_grad_enabled(gradients)
+            yield
 
 
 def classes_to_explain(target: Any, logits: Tensor) -> Tensor:

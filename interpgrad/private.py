@@ -10,13 +10,12 @@ from __future__ import annotations
 import inspect
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
-from torch.overrides import _get_current_function_mode_stack
 from torch.utils import checkpoint as checkpointing
 
 P = ParamSpec("P")
@@ -94,13 +93,20 @@ def _recomputable(checkpointed: Any) -> Any:
     return checkpointed
 
 
-def function_modes() -> Sequence[Any]:
-    """The function modes entered on this thread: `_get_current_function_mode_stack`, torch 2.6 to 2.14.
+def enabled_attention() -> dict[str, bool]:
+    """Which attention kernels may run: `_get_*_sdp_enabled`, torch 2.6 to 2.14, of which a release may lack some.
 
-    Without it this package cannot be imported.
+    `torch.nn.attention.sdpa_kernel` sets the same, but what interrupts it leaves some set and some not.
     """
-    modes: Sequence[Any] = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
-    return modes
+    kinds = ("flash", "mem_efficient", "math", "cudnn", "overrideable")
+    asked = {kind: getattr(torch._C, f"_get_{kind}_sdp_enabled", None) for kind in kinds}
+    return {kind: bool(ask()) for kind, ask in asked.items() if ask}
+
+
+def enable_attention(enabled: Mapping[str, bool]) -> None:
+    """Let these kernels run, or not: `_set_sdp_use_*`, torch 2.6 to 2.14."""
+    for kind, on in enabled.items():
+        getattr(torch._C, f"_set_sdp_use_{kind}")(on)
 
 
 def under_a_transform() -> bool:

@@ -20,19 +20,19 @@ ROOT = Path(__file__).parent.parent
 MAY_IMPORT = {
     "errors": set(),
     "private": set(),
-    "signals": set(),
-    "model": {"private", "signals"},
+    "cleanup": set(),
+    "model": {"cleanup", "private"},
     "metrics": {"model"},
     "plot": {"metrics"},
     "graph": {"double_backward", "private"},
     "criteria": {"autocast", "graph", "model"},
     "transforms": set(),
     "autocast": set(),
-    "double_backward": {"autocast", "private", "signals"},
+    "double_backward": {"autocast", "cleanup", "private"},
     "guided": {"graph"},
     "frozen": {"double_backward", "graph"},
     "sharded": {"private"},
-    "forward": {"autocast", "double_backward", "model", "private", "sharded"},
+    "forward": {"autocast", "cleanup", "double_backward", "model", "private", "sharded"},
     "settings": {"criteria", "guided"},
     "gradients": {
         "autocast",
@@ -47,14 +47,14 @@ MAY_IMPORT = {
     },
     "targets": {"autocast", "errors", "gradients", "transforms"},
     "loss": {
-        *("autocast", "criteria", "double_backward", "errors", "forward", "gradients", "model", "settings", "signals"),
+        *("autocast", "criteria", "double_backward", "errors", "forward", "gradients", "model", "settings"),
         *("targets", "transforms"),
     },
     "report": {
         *("criteria", "double_backward", "forward", "frozen", "gradients", "graph", "guided", "model", "settings"),
     },
     "integrations": {"forward", "loss"},
-    "saliency": {"criteria", "forward", "gradients", "guided", "model", "settings", "signals"},
+    "saliency": {"cleanup", "criteria", "forward", "gradients", "model", "settings"},
     "__init__": {"double_backward", "gradients", "loss", "report", "transforms"},  # and those by name, once asked for
 }
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+import traceback
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 
-from interpgrad import private, signals
+from interpgrad import private
+from interpgrad.cleanup import finally_call
 from interpgrad.double_backward import (
     attention,
     batch_norm,
@@ -34,9 +37,10 @@ _REPLACEMENTS = {
     **on_views.REPLACEMENTS,
 }
 _CONCERNED = {*_REPLACEMENTS, *attention.FUNCTIONS}
+_PROBE = torch.empty(0, device="cpu")
 
 
-class fast_double_backward(TorchFunctionMode):  # noqa: N801  # type: ignore[misc]
+class fast_double_backward:  # noqa: N801
     """Context manager: a forward pass inside it can be differentiated twice at little more than a native pass each.
 
     >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.ReLU())
@@ -48,33 +52,23 @@ class fast_double_backward(TorchFunctionMode):  # noqa: N801  # type: ignore[mis
     """
 
     def __init__(self) -> None:
-        super().__init__()
         # The context for what is checkpointed inside.
         self.recompute_in: Callable[[], AbstractContextManager[Any]] = fast_double_backward
         self.recomputes = False  # whether anything is
-        self._selections: list[AbstractContextManager[None]] = []
+        self._contexts: list[AbstractContextManager[None]] = []
 
-    @signals.uninterrupted
     def __enter__(self) -> Any:
         """Select the attention kernel that can be differentiated twice, and begin to replace."""
-        selection = attention.differentiable_attention()
-        selection.__enter__()
-        self._selections.append(selection)
-        signals.enter()
-        return super().__enter__()  # type: ignore[no-untyped-call]
+        self._contexts.append(_entered(_Mode(self)))
+        self._contexts[-1].__enter__()
+        return self
 
-    @signals.uninterrupted
-    def __exit__(self, *raised: Any) -> None:
+    def __exit__(self, *raised: Any) -> bool | None:
         """Leave both as they were."""
-        # Torch may have lost the mode, where its own handling of it was interrupted.
-        if any(isinstance(mode, fast_double_backward) for mode in private.function_modes()):
-            super().__exit__(*raised)  # type: ignore[no-untyped-call]
-        self._selections.pop().__exit__(None, None, None)
-        signals.leave()
+        return self._contexts.pop().__exit__(*raised)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Replace what is worth replacing."""
-        signals.point()
         kwargs = kwargs or {}
         if func in _CONCERNED and torch.is_grad_enabled():
             if checkpointing.recompute_in(self.recompute_in):
@@ -84,6 +78,47 @@ class fast_double_backward(TorchFunctionMode):  # noqa: N801  # type: ignore[mis
                 if result is not NotImplemented:
                     return result
         return func(*args, **kwargs)
+
+
+class _Mode(TorchFunctionMode):
+    """What is on torch's stack.
+
+    NOTE. It does not hold the context that the user holds. So that is freed where Ctrl-C comes before its `__exit__`,
+    and what it has entered is left.
+    """
+
+    def __init__(self, context: fast_double_backward) -> None:
+        super().__init__()
+        self._context = weakref.ref(context)
+
+    def leave(self) -> None:
+        if _is_entered():
+            self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.dim and args[0] is _PROBE:
+            return -1
+        context = self._context()
+        return context.__torch_function__(func, types, args, kwargs) if context else func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _entered(mode: _Mode) -> Iterator[None]:
+    with attention.differentiable_attention(), finally_call(mode.leave):
+        try:
+            mode.__enter__()  # type: ignore[no-untyped-call]
+            yield
+        except BaseException as error:
+            # NOTE. Ctrl-C may come while torch has taken the mode off its stack, to put it back when a generator is
+            # closed. The traceback holds that generator: cleared, the mode is back, and is taken off for good.
+            if not _is_entered():
+                traceback.clear_frames(error.__traceback__)
+            raise
+
+
+def _is_entered() -> bool:
+    """Whether such a mode is on torch's stack, on this thread."""
+    return torch.Tensor.dim(_PROBE) < 0
 
 
 def _is_plain(x: Any) -> bool:

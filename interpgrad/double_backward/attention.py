@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import contextvars
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from interpgrad import private
+from interpgrad.cleanup import finally_call
 
 # Below these, layers may attend; the second calls the first where no function mode sees it.
 FUNCTIONS = (F.scaled_dot_product_attention, F.multi_head_attention_forward)
 
 _lock = threading.Lock()
-_users = 0
-_leave: Callable[[], Any]
+_users: set[object] = set()
+_enabled: dict[str, bool] = {}  # the kernels, as the first of the users found them
 
 
 @contextmanager
@@ -26,22 +26,18 @@ def differentiable_attention() -> Iterator[None]:
     The selection is the process's, so the first thread to come makes it and the last to leave takes it back: with
     an sdpa_kernel each, threads would restore what they found of each other's.
     """
-    global _users, _leave
-    with _lock:
-        if _users == 0:
-            _leave = _enter()
-        _users += 1
-    try:
-        yield
-    finally:
+    user = object()
+
+    def leave() -> None:
         with _lock:
-            _users -= 1
-            if _users == 0:
-                _leave()
+            _users.discard(user)
+            if not _users:
+                private.enable_attention(_enabled)
 
-
-def _enter() -> Callable[[], Any]:
-    """Enter an sdpa_kernel that may be left on another thread: it keeps a variable in the context it is entered in."""
-    selection, context = sdpa_kernel(SDPBackend.MATH), contextvars.copy_context()
-    context.run(selection.__enter__)
-    return lambda: context.run(selection.__exit__, None, None, None)
+    with finally_call(leave):
+        with _lock:
+            if not _users:
+                _enabled.update(private.enabled_attention())
+            _users.add(user)
+            private.enable_attention({name: name == "math" for name in _enabled})
+        yield

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from interpgrad.cleanup import finally_call
 from interpgrad.model import class_logits, logits_of, unwrap
-from interpgrad.signals import uninterrupted
 
 Reshape = Callable[[Tensor], Tensor]
 
@@ -27,7 +27,6 @@ class Layer:
         self.module, self.name = _find(self.model, layer)
         self.reshape = reshape
 
-    @uninterrupted
     def run(self, x: Tensor, change: Callable[[Tensor], Tensor | None]) -> Tensor:
         """The logits of x, with the layer's output replaced by what `change` makes of it (None: left as it is)."""
         calls = 0
@@ -46,11 +45,10 @@ class Layer:
                 )
             return change(output)
 
-        handle = self.module.register_forward_hook(hook)
-        try:
+        handles: list[Any] = []
+        with finally_call(lambda: [handle.remove() for handle in handles]):
+            handles.append(self.module.register_forward_hook(hook))
             logits = class_logits(logits_of(self.model(x)))
-        finally:
-            handle.remove()
         if not calls:
             raise RuntimeError(
                 f"expected layer {self.name!r} to be called in the forward pass, it was not: choose one that the "
