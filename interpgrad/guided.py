@@ -13,41 +13,22 @@ backpropagation: neither the standard nor the double backward can see it.
 
 from __future__ import annotations
 
-import threading
-from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import Node
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from interpgrad.graph import Operations
 
-# Operation of an autograd node -> the ATen function that is its backward.
-PIECEWISE_LINEAR = {
-    "Relu": "threshold_backward",
-    "Threshold": "threshold_backward",
-    "Hardtanh": "hardtanh_backward",  # also ReLU6
-    "LeakyRelu": "leaky_relu_backward",
-    "PreluKernel": "_prelu_kernel_backward",
-    "RreluWithNoise": "rrelu_with_noise_backward",
-    "ClampMin": "where",  # where the minimum is 0, see _is_activation
-    "Clamp": "where",
-    "Maximum": "where",  # where the other operand is a constant 0
-}
-SMOOTH = {
-    "Gelu": "gelu_backward",
-    "Silu": "silu_backward",
-    "Hardswish": "hardswish_backward",
-    "Elu": "elu_backward",  # also SELU
-    "Celu": "elu_backward",
-    "Mish": "mish_backward",
-    "Softplus": "softplus_backward",
-}
-FAMILIES = {"relu": PIECEWISE_LINEAR, "all": PIECEWISE_LINEAR | SMOOTH}
+# Operations of autograd nodes. Hardtanh is also ReLU6, Elu also SELU; clamps and maxima count at 0 (`_is_activation`).
+PIECEWISE_LINEAR = (
+    *("Relu", "Threshold", "Hardtanh", "LeakyRelu", "PreluKernel", "RreluWithNoise", "ClampMin", "Clamp", "Maximum"),
+)
+SMOOTH = ("Gelu", "Silu", "Hardswish", "Elu", "Celu", "Mish", "Softplus")
+FAMILIES = {"relu": PIECEWISE_LINEAR, "all": PIECEWISE_LINEAR + SMOOTH}
 
 # Squashing functions serve as gates (squeeze-and-excitation) more often than as activations: never clamped,
 # but named when nothing else was met.
@@ -55,7 +36,7 @@ _OTHERS = ("Sigmoid", "Tanh", "Hardsigmoid", "LogSigmoid", "Softshrink", "Hardsh
 
 
 def guided_nodes(graph: Operations, activations: str) -> dict[str, list[Node]]:
-    """The nodes at which a backward pass is guided, by operation; but for those inside CopySlices nodes."""
+    """The nodes at which a backward pass is guided, by operation."""
     nodes = {
         name: [node for node in graph.get(name, ()) if _is_activation(name, node)] for name in FAMILIES[activations]
     }
@@ -70,30 +51,29 @@ def unguided(graph: Operations, activations: str) -> dict[str, int]:
 
 
 @contextmanager
-def guided_backward(graph: Operations, activations: str) -> Iterator[Counter[str]]:
+def guided_backward(graph: Operations, activations: str) -> Iterator[None]:
     """While active, a backward pass over `graph` is guided at the activations of the chosen family.
 
-    Yields the count, by kernel, of those that it meets inside CopySlices nodes, which no one knows beforehand.
-
-    Raises RuntimeError on leaving if the graph has no such activation: the pass was an ordinary one. And on entering
-    if it has, beside those of the family "relu", others, which would not be guided.
+    Raises RuntimeError on leaving if the pass has met no such activation: it was an ordinary one. And on entering if
+    there are, beside those of the family "relu", others, which would not be guided.
     """
-    family = FAMILIES[activations]
     guided = [node for nodes in guided_nodes(graph, activations).values() for node in nodes]
-    left = sorted(graph.keys() & SMOOTH.keys()) if activations == "relu" else []
+    left = sorted(graph.keys() & set(SMOOTH)) if activations == "relu" else []
     if left and guided:
         raise RuntimeError(
             f'expected activations of the family activations="relu" alone, got {", ".join(left)} beside them, which '
             'would be left unguided: pass activations="all".'
         )
-    clamp = _Clamp()
-    with ExitStack() as hooks:
+    clamp, handles = _Clamp(), []
+    try:
         for node in guided:
-            hooks.callback(node.register_prehook(clamp).remove)
-        inplace = graph.get("CopySlices")
-        on_views = hooks.enter_context(_ClampInsideCopySlices(inplace, family)) if inplace else None
-        yield on_views.met if on_views else Counter()
-    if not clamp.met and not (on_views and on_views.met):
+            handles.append(node.register_prehook(clamp))
+        yield
+    finally:
+        clamp.active = False  # in one instruction, whatever Ctrl-C leaves of the hooks
+        for handle in handles:
+            handle.remove()
+    if not clamp.met:
         raise RuntimeError(_no_activation(graph, activations))
 
 
@@ -113,13 +93,15 @@ def _is_zero(value: float | Tensor | None) -> bool:
 
 
 class _Clamp:
-    """The hook: clamps the gradient from above. Counts the activations that the backward pass did reach."""
+    """The hook: clamps the gradient from above. `met` says whether the backward pass did reach an activation."""
 
     def __init__(self) -> None:
-        self.met = 0
+        self.active, self.met = True, False
 
-    def __call__(self, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-        self.met += 1
+    def __call__(self, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...] | None:
+        if not self.active:
+            return None
+        self.met = True
         if any(
             gradient is not None and gradient.is_nested and gradient.layout == torch.strided for gradient in gradients
         ):
@@ -141,63 +123,3 @@ def _no_activation(graph: Operations, activations: str) -> str:
         f'expected at least one activation of the family activations="{activations}" in the forward pass, got '
         f"{', '.join(seen) or 'none of any kind'}: the guided gradient would equal the input gradient. {remedy}"
     )
-
-
-class _Thread(threading.local):
-    """What one of the engine's threads, of which every device has its own, is doing."""
-
-    def __init__(self) -> None:
-        self.inside = False  # a CopySlices node
-        self.masks: list[Tensor] = []
-
-
-class _ClampInsideCopySlices(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """The one hiding place of the graph: an activation in place on a view, such as `h[:, :8].relu_()`.
-
-    Its node sits inside a CopySlices node, where hooks do not reach. So while a CopySlices node runs, the
-    first argument (the gradient from above) of the family's ATen backward functions is clamped.
-    """
-
-    def __init__(self, copy_slices: list[Node], family: dict[str, str]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.kernels = set(family.values())
-        self.met: Counter[str] = Counter()
-        self._thread = _Thread()
-        self._handles = []
-        for node in copy_slices:
-            self._handles += [node.register_prehook(self._enter_node), node.register_hook(self._exit_node)]
-
-    def __exit__(self, *exception: Any) -> None:
-        for handle in self._handles:
-            handle.remove()
-        super().__exit__(*exception)  # type: ignore[no-untyped-call]
-
-    def _enter_node(self, _: Any) -> None:
-        self._thread.inside = True
-
-    def _exit_node(self, *_: Any) -> None:
-        self._thread.inside = False
-        self._thread.masks.clear()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        if self._thread.inside and self._is_backward(name, args):
-            self.met[name] += 1
-            gradient = 1 if name == "where" else 0
-            args = (*args[:gradient], args[gradient].clamp(min=0), *args[gradient + 1 :])
-        result = func(*args, **(kwargs or {}))
-        if self._thread.inside and self._makes_mask(name, args):
-            self._thread.masks.append(result)
-        return result
-
-    def _is_backward(self, name: str, args: Any) -> bool:
-        return name in self.kernels and (name != "where" or self._is_mask(args[0]))
-
-    def _makes_mask(self, name: str, args: Any) -> bool:
-        """clamp(min=0) differentiates into where(x > 0, gradient, 0); `>=` in older releases, `&` with a maximum."""
-        if name == "logical_and":
-            return self._is_mask(args[0])
-        return name in ("gt", "ge") and not isinstance(args[1], Tensor) and args[1] == 0
-
-    def _is_mask(self, tensor: Tensor) -> bool:
-        return any(tensor is mask for mask in self._thread.masks)

@@ -16,7 +16,7 @@ from interpgrad.criteria import Criterion, refuse_out_of_range
 from interpgrad.double_backward import attention
 from interpgrad.forward import Forward, check_batch, forward_without_trace, is_compiled
 from interpgrad.gradients import backward_passes
-from interpgrad.guided import guided_backward, guided_nodes, unguided
+from interpgrad.guided import guided_nodes, unguided
 from interpgrad.model import alone_with, class_logits, unwrap
 from interpgrad.settings import Settings
 
@@ -134,7 +134,6 @@ def _findings(model: nn.Module, x: Tensor, y: Any, settings: Settings) -> Iterat
             "than the memory asks for.",
         )
     delta = _twice_differentiated(forward, y, settings)
-    yield from _about_views(forward, operations, settings.activations)
     yield _about_cost(delta, forward.image)
 
 
@@ -176,15 +175,6 @@ def _about_statistics(operations: graph.Operations, batch_norm: str) -> Iterator
     if sample:
         what = f"{sample} layers of instance norm or standardized weights, differentiated. Nothing to do."
         yield _note("statistics of each sample", what)
-
-
-def _about_views(forward: Forward, operations: graph.Operations, activations: str) -> Iterator[Finding]:
-    """Activations in place on slices or views, which no one knows before a backward pass has met them."""
-    logits = forward.logits
-    with forward.inner_passes(create_graph=False), guided_backward(operations, activations) as met:
-        torch.autograd.grad(logits, forward.image, torch.ones_like(logits), retain_graph=True)
-    if met:
-        yield _note("activations in place", f"guided at {_list(met)}, on slices or views. Nothing to do.")
 
 
 def _about_cost(delta: Tensor, image: Tensor) -> Finding:

@@ -30,5 +30,7 @@ def low_pass(gradient: Tensor, size: int = 3) -> Tensor:
         raise ValueError(
             f"expected gradients (N, C, *spatial) of one to three spatial dimensions, got {tuple(gradient.shape)}."
         )
-    mean: Tensor = _MEANS[gradient.dim()](gradient, size, stride=1, padding=size // 2)
+    # Padded beforehand: CUDA's backward pass in channels_last forgets the offset of its own padding (pytorch #188344).
+    padded = F.pad(gradient, [size // 2] * 2 * (gradient.dim() - 2))
+    mean: Tensor = _MEANS[gradient.dim()](padded, size, stride=1)
     return mean

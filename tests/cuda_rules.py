@@ -1,7 +1,7 @@
 """What CUDA's kernels refuse and the CPU's take, read off PyTorch's sources, as a mode that refuses it on the CPU.
 
-R1 to R9 are rules of cuda/Normalization.cu, cudnn/BatchNorm.cpp, layer_norm_kernel.cu, group_norm.cpp and
-Convolution.cpp, torch 2.4 to 2.14; R8 and R9 are what this package promises.
+R1 to R10 are rules of cuda/Normalization.cu, cudnn/BatchNorm.cpp, layer_norm_kernel.cu, group_norm.cpp,
+Convolution.cpp and AveragePool2d.cu, torch 2.4 to 2.14; R8 and R9 are what this package promises.
 """
 
 import torch
@@ -129,7 +129,13 @@ class Cudnn:
             raise RefusedOnCudaError(f"cuDNN: strides {x.stride()}, {weight.stride()}")
 
 
+def avg_pool2d_backward(rules, func, g, x, kernel_size, stride, padding, *_):
+    """It does not raise there: its values are wrong (pytorch #188344)."""
+    rules.check("R10", x.is_contiguous() or not any(padding), func, f"padding {padding} with strides {x.stride()}")
+
+
 RULES = {
+    aten.avg_pool2d_backward.default: avg_pool2d_backward,
     aten.native_batch_norm.default: batch_norm,
     aten.native_batch_norm_backward.default: batch_norm_backward,
     aten.native_layer_norm.default: layer_norm,

@@ -9,9 +9,9 @@ from architectures import ARCHITECTURES
 from cuda_rules import CudaRules, Cudnn, RefusedOnCudaError
 from torch import nn
 
-from interpgrad import InterpretableGradientLoss
+from interpgrad import InterpretableGradientLoss, low_pass
 from interpgrad.double_backward import batch_norm as our_batch_norm
-from interpgrad.double_backward import row_norm
+from interpgrad.double_backward import pooling, row_norm
 from interpgrad.model import logits_of
 
 aten = torch.ops.aten
@@ -23,11 +23,12 @@ def _as_on_cuda(monkeypatch):
     """Group norm's memory format is chosen as on CUDA, and autocast runs row norms in single precision."""
     monkeypatch.setattr(row_norm, "_memory_format", lambda _: torch.contiguous_format)
     monkeypatch.setattr(row_norm, "_AS_GIVEN", ())
+    monkeypatch.setattr(pooling, "_FORGET_PADDING", ("cpu",))
 
 
-def step(model, x, y, *, shared, autocast=None, batch_norm="frozen", **rules):
+def step(model, x, y, *, shared, autocast=None, batch_norm="frozen", transform=None, **rules):
     """One step under the rules: the loss and the user's backward pass, which is stock's own only if not shared."""
-    reg = InterpretableGradientLoss(model, lam=1.0, batch_norm=batch_norm)
+    reg = InterpretableGradientLoss(model, lam=1.0, batch_norm=batch_norm, transform=transform)
     with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
         with CudaRules(**rules) as mode:
             loss = 0
@@ -67,6 +68,16 @@ def test_architectures(name, batch_norm):
     assert {"R7", "R8"} <= checked.keys()
     assert {"R1", "R2", "R4"} <= checked.keys() or nn.BatchNorm2d not in norms
     assert "R5" in checked or nn.LayerNorm not in norms
+
+
+def test_padded_averages_in_channels_last():
+    """Of the network, and of both gradients."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AvgPool2d(3, 1, 1), nn.Conv2d(4, 4, 3), nn.AdaptiveAvgPool2d(1)]
+    model = nn.Sequential(*layers, nn.Flatten()).to(memory_format=torch.channels_last)
+    x = torch.randn(2, 3, 8, 8).contiguous(memory_format=torch.channels_last)
+    for shared in (True, False):
+        assert "R10" in step(model, x, torch.tensor([0, 1]), shared=shared, transform=low_pass)
 
 
 class Special(nn.Module):

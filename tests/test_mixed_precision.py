@@ -12,7 +12,7 @@ from nets import autocast, data, seeded, small_net
 from test_frozen import gradients_of
 from torch import nn
 
-from interpgrad import InterpretableGradientLoss, input_gradients, saliency
+from interpgrad import InterpretableGradientLoss, input_gradients, low_pass, saliency
 
 DTYPES = [torch.bfloat16, torch.float16]
 
@@ -47,25 +47,28 @@ def test_the_gradient_of_the_penalty_points_where_that_of_single_precision_does(
     assert F.cosine_similarity(found, exact, dim=0) > 0.99
 
 
+@pytest.mark.parametrize("transform", [None, low_pass])
+@pytest.mark.parametrize("pooling", [nn.Identity(), nn.AvgPool2d(3, 1, 1)], ids=["plain", "padded pooling"])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
-def test_single_precision_is_the_reference_in_double(layout):
+def test_single_precision_is_the_reference_in_double(layout, pooling, transform):
     """As networks are trained, with the kernels of the device; the reference is stock's on the CPU."""
     torch.manual_seed(0)
     stages = [(3, 8), (8, 16), (16, 32)]
     blocks = [
         [nn.Conv2d(i, o, 3, padding=1, bias=False), nn.BatchNorm2d(o), nn.ReLU(), nn.AvgPool2d(2)] for i, o in stages
     ]
-    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10)]
+    head = [pooling, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10)]
     model = nn.Sequential(nn.BatchNorm2d(3, affine=False), *itertools.chain(*blocks), *head)
     x, y = data(n=32, size=16, classes=10)
     x = x.float()
     double = copy.deepcopy(model).cpu().double()
     with torch.device("cpu"):
         delta, guided, _ = frozen.reference(double, x.cpu().double(), y.cpu())
-        exact = gradients_of(frozen.penalty(delta, guided, "cos"), double)
+        compared = (delta, guided) if transform is None else (transform(delta), transform(guided))
+        exact = gradients_of(frozen.penalty(*compared, "cos"), double)
     model, x = model.to(memory_format=layout), x.to(memory_format=layout)
     with torch.backends.cudnn.flags(allow_tf32=False):
-        value = term(model, InterpretableGradientLoss(model, lam=1.0), x, y, shared=True)
+        value = term(model, InterpretableGradientLoss(model, lam=1.0, transform=transform), x, y, shared=True)
         found = [each.cpu().double() for each in gradients_of(value, model)]
     found, exact = (torch.cat([each.flatten() for each in gradients]) for gradients in (found, exact))
     assert (found - exact).norm() < 0.01 * exact.norm()  # rectifiers that rounding switches

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from interpgrad.double_backward.engine import Function, apply_each
+from interpgrad.double_backward.on_views import by_copy
 
 aten = torch.ops.aten
 
@@ -48,7 +49,7 @@ class _HardsigmoidBackward(Function):
 
 def _hardsigmoid(input: Tensor, inplace: bool = False) -> Any:
     """The replacement of F.hardsigmoid, with its signature."""
-    return Hardsigmoid.apply(input, inplace)
+    return by_copy(F.hardsigmoid, input) if inplace and input._is_view() else Hardsigmoid.apply(input, inplace)
 
 
 REPLACEMENTS = {F.hardsigmoid: _hardsigmoid}

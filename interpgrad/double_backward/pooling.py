@@ -18,6 +18,7 @@ from interpgrad.double_backward.engine import Function
 
 aten = torch.ops.aten
 Settings = tuple[Any, ...]  # what both kernels take beside the tensors
+_FORGET_PADDING = ("cuda",)  # where the backward kernel for channels_last is off by the padding (pytorch #188344)
 
 
 class _Average(Function):
@@ -33,7 +34,10 @@ class _Average(Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
-        return ctx.unpool(g, x.detach(), *ctx.settings), None, None, None, None
+        x = x.detach()
+        if x.device.type in _FORGET_PADDING and ctx.settings and any(ctx.settings[2]):
+            g, x = g.contiguous(), x.contiguous()
+        return ctx.unpool(g, x, *ctx.settings), None, None, None, None
 
 
 class _Maximum(Function):

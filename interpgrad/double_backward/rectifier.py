@@ -116,4 +116,5 @@ REPLACEMENTS = {
     F.leaky_relu_: functools.partial(_leaky_relu, inplace=True),
     F.relu6: _relu6,
     F.hardtanh: _hardtanh,
+    F.hardtanh_: functools.partial(_hardtanh, inplace=True),
 }

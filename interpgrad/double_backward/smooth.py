@@ -19,6 +19,7 @@ from torch import Tensor
 
 from interpgrad.autocast import at_least_single
 from interpgrad.double_backward.engine import Function, apply_each
+from interpgrad.double_backward.on_views import by_copy
 
 aten = torch.ops.aten
 
@@ -94,7 +95,7 @@ def _gelu(input: Tensor, approximate: str = "none") -> Any:
 def _silu(input: Tensor, inplace: bool = False) -> Any:
     """The replacement of F.silu, with its signature."""
     if inplace:
-        return NotImplemented if input._is_view() else Silu.apply(input.clone(), input)
+        return by_copy(F.silu, input) if input._is_view() else Silu.apply(input.clone(), input)
     return Silu.apply(input, None)
 
 
