@@ -65,7 +65,7 @@ class Forward(NamedTuple):
     def close(self) -> None:
         """Say that no backward pass from now on needs the images' gradient, unless the user does."""
         if not self.x.requires_grad:
-            self.root.readers -= 1
+            self.root.consumers -= 1
 
 
 def forward_without_trace(
@@ -145,7 +145,7 @@ class Recorder:
         if len(self._calls) > 1 or not torch.is_grad_enabled() or (root and root.without_trace):
             return None  # not the call the user makes for this loss
         if root:  # another loss is recording the same call: both take their gradients in the same images
-            root.readers += 1
+            root.consumers += 1
             self._calls[-1] = (*root.source, root)
             return None
         x = check_images(x)

@@ -20,14 +20,14 @@ from torch.autograd.graph import Node
 
 from interpgrad import graph
 from interpgrad.double_backward.batch_norm import BatchNorm, Scaling
-from interpgrad.double_backward.engine import Function, apply_each, frozen_pass, in_frozen_pass, wanted
+from interpgrad.double_backward.engine import Function, apply_each, frozen_pass, in_frozen_pass, needed
 from interpgrad.double_backward.sync_batch_norm import Standardized, SyncBatchNorm
 
 _STOCK = ("NativeBatchNorm", "CudnnBatchNorm", "MiopenBatchNorm")
 _OURS = (Standardized.operation, SyncBatchNorm.operation)  # and BatchNorm, where it is in training mode
 
 
-class Network(NamedTuple):
+class RecordedGraph(NamedTuple):
     """The recorded graph of a forward pass.
 
     Attributes:
@@ -66,7 +66,7 @@ def batch_statistics(operations: graph.Operations) -> set[Node]:
     of_stock: Any = _of(operations, _STOCK)
     return {
         *_of(operations, _OURS),
-        *(node for node in of_ours if node.of_the_batch and node.kernel is not None),
+        *(node for node in of_ours if node.freezable and node.kernel is not None),
         *(node for node in of_stock if node._saved_training),
     }
 
@@ -75,20 +75,20 @@ def statistics(operations: graph.Operations) -> tuple[set[Node], set[Node], set[
     """The nodes that normalize with the statistics of the batch, with running ones, and with each sample's own."""
     of_ours: Any = _of(operations, (BatchNorm.operation,))
     batch = batch_statistics(operations)
-    sample = {node for node in of_ours if not node.of_the_batch and node.kernel is not None}
+    sample = {node for node in of_ours if not node.freezable and node.kernel is not None}
     return batch, {*_of(operations, _STOCK), *of_ours} - batch - sample, sample
 
 
-def is_apart(gradient: Tensor, until: Tensor) -> bool:
+def is_separate(gradient: Tensor, until: Tensor) -> bool:
     """Whether the gradient is differentiated in a pass of its own."""
-    return _Apart.operation in graph.operations(gradient, until)
+    return _Separate.operation in graph.operations(gradient, until)
 
 
 def _of(operations: graph.Operations, names: Iterable[str]) -> list[Node]:
     return [node for name in names for node in operations.get(name, ())]
 
 
-class _Apart(Function):
+class _Separate(Function):
     """The gradient, whose backward pass is one of its own, with frozen statistics.
 
     Inputs beside it are what it depends on, `attached` to the user's graph; `leaves` are the same values, where the
@@ -97,7 +97,7 @@ class _Apart(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, network: Network, gradient: list[Tensor], leaves: Sequence[Tensor], *attached: Tensor
+        ctx: Any, network: RecordedGraph, gradient: list[Tensor], leaves: Sequence[Tensor], *attached: Tensor
     ) -> Tensor:
         ctx.network, ctx.leaves, ctx.attached = network, leaves, attached
         ctx.save_for_backward(*gradient)  # in a list, or it would be an input itself
@@ -107,19 +107,22 @@ class _Apart(Function):
     def backward(ctx: Any, a: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         leaves, attached = ctx.leaves, ctx.attached
-        mask = wanted(ctx, (False, False, False, *[True] * len(leaves)))[3:]
+        mask = needed(ctx, (False, False, False, *[True] * len(leaves)))[3:]
         differentiable = torch.is_grad_enabled()
         of_a = a.detach().requires_grad_(a.requires_grad) if differentiable else a
         with ctx.network.inner(), ctx.network.frozen_pass(gradient) as output:
             found = _gradients(output, leaves, mask, of_a, create_graph=differentiable)
         if differentiable:
             found = [
-                each if each is None else apart(ctx.network, each, (*leaves, of_a), (*attached, a)) for each in found
+                each if each is None else separately(ctx.network, each, (*leaves, of_a), (*attached, a))
+                for each in found
             ]
         return None, None, None, *found
 
 
-def apart(network: Network, gradient: Tensor, leaves: Sequence[Tensor], attached: Sequence[Tensor]) -> Tensor:
+def separately(
+    network: RecordedGraph, gradient: Tensor, leaves: Sequence[Tensor], attached: Sequence[Tensor]
+) -> Tensor:
     """The same values, differentiated in a backward pass of its own.
 
     In networks with smooth activations or products (gates, attention) the derivative of the input gradient flows back
@@ -135,7 +138,7 @@ def apart(network: Network, gradient: Tensor, leaves: Sequence[Tensor], attached
     """
     if not gradient.requires_grad:
         return gradient
-    result: Tensor = _Apart.apply(network, [gradient], leaves, *attached)
+    result: Tensor = _Separate.apply(network, [gradient], leaves, *attached)
     return result
 
 

@@ -46,7 +46,7 @@ from interpgrad.criteria import Criterion
 from interpgrad.double_backward import sync_batch_norm
 from interpgrad.forward import Forward, check_batch, forward_without_trace
 from interpgrad.guided import guided_backward
-from interpgrad.model import alone_with, class_logits
+from interpgrad.model import class_logits, exclusive_use
 from interpgrad.settings import Settings
 
 _ATTEMPTS = 4  # at a scale for float16
@@ -99,7 +99,7 @@ def input_gradients(
     """
     check_batch(x, y)
     settings = Settings(criterion, batch_norm, activations)
-    with alone_with(model), torch.enable_grad():
+    with exclusive_use(model), torch.enable_grad():
         forward = forward_without_trace(model, x, batch_norm=batch_norm)
         y = class_logits(forward.logits.detach()).argmax(1) if y is None else y
         with backward_passes(forward, y, settings, create_graph=create_graph) as passes:
@@ -131,7 +131,7 @@ def backward_passes(
         graph.refuse_once_differentiable(operations)
     if create_graph or freezes:
         graph.refuse_sync_batch_norm(operations)
-    network = frozen.Network(operations, functools.partial(forward.inner_passes, create_graph=create_graph))
+    network = frozen.RecordedGraph(operations, functools.partial(forward.inner_passes, create_graph=create_graph))
     with network.inner(), network.frozen_pass(logits) if freezes else nullcontext(logits) as output:
         passes = Passes(y, v, forward, network, output, settings, create_graph, set() if verified is None else verified)
         try:
@@ -155,7 +155,7 @@ class Passes:
     y: Any
     _v: Tensor
     _forward: Forward
-    _network: frozen.Network
+    _network: frozen.RecordedGraph
     _output: Tensor
     _settings: Settings
     _create_graph: bool
@@ -222,7 +222,7 @@ class Passes:
             return delta
         inputs = [each for each in graph.leaves(delta, until=image) if each is not image and each is not leaf]
         inputs += [image] if self._forward.x.requires_grad else []
-        return frozen.apart(network, delta, [leaf, *inputs], [v, *inputs])
+        return frozen.separately(network, delta, [leaf, *inputs], [v, *inputs])
 
     def _backward(self, v: Tensor, create_graph: bool = False) -> Tensor:
         """One pass. The graph is kept: it is also the one of the user's own loss."""

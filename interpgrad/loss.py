@@ -15,7 +15,7 @@ from interpgrad.double_backward.engine import untraced
 from interpgrad.errors import ERRORS, MASKED, Error, cos
 from interpgrad.forward import Forward, Recorder, check_batch, forward_without_trace
 from interpgrad.gradients import backward_passes
-from interpgrad.model import alone_with
+from interpgrad.model import exclusive_use
 from interpgrad.settings import Settings
 from interpgrad.targets import Target, check_given, check_target, make_target
 from interpgrad.transforms import low_pass
@@ -180,7 +180,7 @@ class InterpretableGradientLoss(nn.Module):
             return _zero(x)
         weight = self._weight() * (self.every if training else 1)
 
-        with alone_with(self.model), torch.enable_grad():
+        with exclusive_use(self.model), torch.enable_grad():
             forward = self._forward_pass(x, model_args, model_kwargs, training)
             settings = Settings(self.criterion, self.batch_norm, self.activations)
             differentiable = training and weight != 0

@@ -58,7 +58,7 @@ _locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyD
 _making_a_lock = threading.Lock()
 
 
-def alone_with(model: nn.Module) -> AbstractContextManager[Any]:
+def exclusive_use(model: nn.Module) -> AbstractContextManager[Any]:
     """Other threads of this package wait: they would change the model's modes, buffers and hooks, or put them back."""
     with _making_a_lock:
         return _locks.setdefault(unwrap(model), threading.RLock())
@@ -67,7 +67,7 @@ def alone_with(model: nn.Module) -> AbstractContextManager[Any]:
 @contextmanager
 def evaluation_mode(model: nn.Module, *, gradients: bool) -> Iterator[None]:
     """The model in evaluation mode, and gradients recorded or not; afterwards all modes as they were."""
-    with alone_with(model):
+    with exclusive_use(model):
         modes, recorded = [(module, module.training) for module in model.modules()], torch.is_grad_enabled()
 
         def restore() -> None:

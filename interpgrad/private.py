@@ -1,15 +1,30 @@
-"""Every private name of PyTorch that this package uses: what it is for, where it was seen, what happens without it.
+"""Every private name of PyTorch that this package uses, with its risk, and what replaces it.
 
-Where a release lacks one, the way that is slower and right is taken, or there is an error; never a wrong value.
-tests/test_private.py asks for each of them, and takes each away. The releases named are those it was seen in: from the
-oldest that is supported, or what came later, to the newest.
+Functions below have those that are asked here. Elsewhere, where they belong to what is done there:
+
+| name | where | without it |
+| --- | --- | --- |
+| `_batch_norm_impl_index`, `_batch_norm_impl_index_backward` | batch_norm.py | `native_batch_norm`, without cuDNN |
+| `_adaptive_avg_pool*d`, `_adaptive_avg_pool*d_backward` | pooling.py | stock, whose double backward is slower |
+| `_saved_training`, `_saved_weight`, `_saved_result2` | frozen.py | refuse stock's batch norm nodes |
+| `_saved_min`, `_saved_self`, `_saved_other` | guided.py | clamps and maxima are guided no more |
+| `_forward_cls`, `_backward_cls` | graph.py, report.py, forward.py | the names of Functions and their nodes |
+| `_functions.SyncBatchNorm`, `_check_input_dim` | sync_batch_norm.py | the differentiable layer, which is slower |
+| `_buffers` | forward.py | `register_buffer` for each buffer |
+| `_version` | forward.py | no notice where weights change after a shared forward pass |
+| `_is_view` | on_views.py, rectifier.py, smooth.py, hardsigmoid.py | copies for all activations in place |
+| `_Loss` | criteria.py | a list of torch's losses |
+| `_orig_mod` | model.py | only modules compiled in place |
+| `_dynamo`, in sys.modules | engine.py, forward.py | `torch.compiler.disable`, which takes a second to import |
+
+All are in torch 2.8 to 2.14; tests/test_private.py holds that this list is whole. A wrong value never follows from one
+that goes, but an AttributeError, or what the function says.
 """
 
 from __future__ import annotations
 
 import inspect
 import sys
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ParamSpec, TypeVar
 
@@ -23,9 +38,9 @@ T = TypeVar("T")
 
 
 def will_run(node: Node) -> bool:
-    """Whether the running backward pass will execute the node: `_will_engine_execute_node`, torch 2.6 to 2.14.
+    """Whether the running backward pass will execute the node: `_will_engine_execute_node`.
 
-    Without it everything is taken for wanted, and gradients are computed in vain.
+    Without it everything is taken for needed, and gradients are computed in vain.
     """
     ask = getattr(torch._C, "_will_engine_execute_node", None)
     try:
@@ -35,7 +50,7 @@ def will_run(node: Node) -> bool:
 
 
 def number_of_backward_pass() -> int:
-    """Unique in the process, -1 outside of backward passes: `_current_graph_task_id`, torch 2.6 to 2.14.
+    """Unique in the process, -1 outside of backward passes: `_current_graph_task_id`.
 
     Without it there is an AttributeError: frozen statistics depend on it.
     """
@@ -43,7 +58,7 @@ def number_of_backward_pass() -> int:
 
 
 def casts_to(node: Node, dtype: torch.dtype) -> bool:
-    """Whether a cast's gradient arrives in dtype: `_input_metadata`, torch 2.6 to 2.14.
+    """Whether a cast's gradient arrives in dtype: `_input_metadata`.
 
     Without it, yes: gradients are scaled as in float16, which costs a look at their size.
     """
@@ -59,32 +74,13 @@ def inputs_of(node: Node) -> int:
 def checkpoint_under_way() -> Any:
     """What non-reentrant checkpointing keeps of the layer it runs here, with its `recompute_fn`; None outside of it.
 
-    In the closure of its hook, torch 2.6 to 2.14, which is the last that intercepts saved tensors:
-    `_top_saved_tensors_default_hooks`, torch 2.8 to 2.14. Without that the calls under way are searched, which is
-    slower. Where neither shows it there is an error: layers recomputed as stock may yield wrong values, silently.
+    In the closure of its hook, the last that intercepts saved tensors: `_top_saved_tensors_default_hooks`. Where it is
+    not found there is an error: layers recomputed as stock may yield wrong values, silently.
     """
-    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-    if top is None:
-        return _checkpoint_among_calls()
-    pack: Any = (top(False) or [None])[0]
+    pack: Any = (torch._C._autograd._top_saved_tensors_default_hooks(False) or [None])[0]
     if getattr(pack, "__module__", None) != checkpointing.__name__ or "_recomputation_hook" in pack.__qualname__:
         return None
-    cells = dict(zip(pack.__code__.co_freevars, pack.__closure__ or (), strict=True))
-    return _recomputable(cells["frame"].cell_contents if "frame" in cells else None)
-
-
-def _checkpoint_among_calls() -> Any:
-    """The same, as `new_frame` in the generator `gen` that torch's `checkpoint` goes through, torch 2.6 to 2.8."""
-    checkpoint = inspect.unwrap(checkpointing.checkpoint).__code__
-    # Not in a loop of its own, which torch.compile, where it follows, would go through piece by piece.
-    call = next((frame for frame, _ in traceback.walk_stack(sys._getframe()) if frame.f_code is checkpoint), None)
-    if call is None or call.f_locals.get("use_reentrant"):
-        return None
-    inside = getattr(call.f_locals.get("gen"), "gi_frame", None)
-    return _recomputable(inside and inside.f_locals.get("new_frame"))
-
-
-def _recomputable(checkpointed: Any) -> Any:
+    checkpointed = inspect.getclosurevars(pack).nonlocals.get("frame")
     if not hasattr(checkpointed, "recompute_fn"):
         raise RuntimeError(
             f"expected to find what activation checkpointing recomputes, not so in torch {torch.__version__}: train "
@@ -94,7 +90,7 @@ def _recomputable(checkpointed: Any) -> Any:
 
 
 def enabled_attention() -> dict[str, bool]:
-    """Which attention kernels may run: `_get_*_sdp_enabled`, torch 2.6 to 2.14, of which a release may lack some.
+    """Which attention kernels may run: `_get_*_sdp_enabled`, of which a release may lack some.
 
     `torch.nn.attention.sdpa_kernel` sets the same, but what interrupts it leaves some set and some not.
     """
@@ -104,13 +100,13 @@ def enabled_attention() -> dict[str, bool]:
 
 
 def enable_attention(enabled: Mapping[str, bool]) -> None:
-    """Let these kernels run, or not: `_set_sdp_use_*`, torch 2.6 to 2.14."""
+    """Let these kernels run, or not: `_set_sdp_use_*`."""
     for kind, on in enabled.items():
         getattr(torch._C, f"_set_sdp_use_{kind}")(on)
 
 
 def under_a_transform() -> bool:
-    """Whether vmap, jvp or another of torch.func is under way: `peek_interpreter_stack`, torch 2.6 to 2.14.
+    """Whether vmap, jvp or another of torch.func is under way: `peek_interpreter_stack`.
 
     Without it there is an AttributeError, as without the three that follow.
     """
@@ -118,18 +114,18 @@ def under_a_transform() -> bool:
 
 
 def is_batched(gradient: Tensor) -> bool:
-    """Whether it stands for many, under `is_grads_batched=True`: `is_legacy_batchedtensor`, torch 2.6 to 2.14."""
+    """Whether it stands for many, under `is_grads_batched=True`: `is_legacy_batchedtensor`."""
     return bool(torch._C._functorch.is_legacy_batchedtensor(gradient))
 
 
 def each_of(gradient: Tensor) -> tuple[Tensor, ...]:
-    """Those it stands for: `_remove_batch_dim`, torch 2.6 to 2.14."""
+    """Those it stands for: `_remove_batch_dim`."""
     singles: tuple[Tensor, ...] = torch._remove_batch_dim(gradient, _level_of(gradient), 1, 0).unbind()
     return singles
 
 
 def batched(gradients: Sequence[Tensor], like: Tensor) -> Tensor:
-    """One that stands for these, as `like` does for others: `_add_batch_dim`, torch 2.6 to 2.14."""
+    """One that stands for these, as `like` does for others: `_add_batch_dim`."""
     return torch._add_batch_dim(torch.stack(list(gradients)), 0, _level_of(like))
 
 
@@ -142,13 +138,13 @@ def _level_of(gradient: Tensor) -> int:
 
 
 def disable_dynamo(function: Callable[P, T]) -> Callable[P, T]:
-    """As torch.compiler.disable, which imports the compiler at once: `_disable_dynamo`, torch 2.6 to 2.14."""
+    """As torch.compiler.disable, which imports the compiler at once: `_disable_dynamo`."""
     disabled: Callable[P, T] = torch._disable_dynamo(function)  # type: ignore[attr-defined]
     return disabled
 
 
 def is_compiled_wrapper(module: nn.Module) -> bool:
-    """Whether this is what torch.compile(module) returned: `OptimizedModule`, torch 2.6 to 2.14.
+    """Whether this is what torch.compile(module) returned: `OptimizedModule`.
 
     Without it there is an AttributeError. Asked of the type: a wrapper may delegate look-ups of attributes to what is
     compiled inside.
@@ -158,7 +154,7 @@ def is_compiled_wrapper(module: nn.Module) -> bool:
 
 
 def is_compiled_in_place(module: nn.Module) -> bool:
-    """Whether module.compile() was called: `_compiled_call_impl`, torch 2.6 to 2.14.
+    """Whether module.compile() was called: `_compiled_call_impl`.
 
     Without it there is an AttributeError.
     """
@@ -166,7 +162,7 @@ def is_compiled_in_place(module: nn.Module) -> bool:
 
 
 def parameter_groups(module: nn.Module) -> list[Any]:
-    """The groups by which FSDP2 gathers and frees parameters: `_fsdp_param_group(s)`, torch 2.6 to 2.14.
+    """The groups by which FSDP2 gathers and frees parameters: `_fsdp_param_group(s)`.
 
     Without them FSDP2 itself fails in the second of two backward passes.
     """

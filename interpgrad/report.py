@@ -17,7 +17,7 @@ from interpgrad.double_backward import attention
 from interpgrad.forward import Forward, check_batch, forward_without_trace, is_compiled
 from interpgrad.gradients import backward_passes
 from interpgrad.guided import guided_nodes, unguided
-from interpgrad.model import alone_with, class_logits, unwrap
+from interpgrad.model import class_logits, exclusive_use, unwrap
 from interpgrad.settings import Settings
 
 _KNOWN = ("interpgrad", "torch")  # whose autograd Functions are no finding
@@ -99,7 +99,7 @@ def check(
     settings = Settings(criterion, batch_norm, activations)
     findings = []
     try:
-        with alone_with(model), torch.enable_grad():
+        with exclusive_use(model), torch.enable_grad():
             for finding in _findings(model, x, y, settings):
                 findings.append(finding)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -178,7 +178,9 @@ def _about_statistics(operations: graph.Operations, batch_norm: str) -> Iterator
 
 
 def _about_cost(delta: Tensor, image: Tensor) -> Finding:
-    passes, why = (9, " (batch norm meets smooth activations or gates)") if frozen.is_apart(delta, image) else (7, "")
+    passes, why = (
+        (9, " (batch norm meets smooth activations or gates)") if frozen.is_separate(delta, image) else (7, "")
+    )
     return _note(
         "cost",
         f"a step with shared_forward() is about {passes} forward passes' worth of operations, a plain one 3: "

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from interpgrad.autocast import at_least_single
-from interpgrad.double_backward.engine import Function, apply_each, in_frozen_pass, stock_gradients, tensors_of, wanted
+from interpgrad.double_backward.engine import Function, apply_each, in_frozen_pass, needed, stock_gradients, tensors_of
 
 aten = torch.ops.aten
 
@@ -66,7 +66,7 @@ class BatchNorm(Function):
         training: bool,
         momentum: float,
         eps: float,
-        of_the_batch: bool,
+        freezable: bool,
     ) -> Tensor:
         y, mean, invstd, reserve, index = aten._batch_norm_impl_index(
             x, weight, bias, running_mean, running_var, training, momentum, eps, torch.backends.cudnn.enabled
@@ -75,7 +75,7 @@ class BatchNorm(Function):
             assert running_var is not None
             mean, invstd = running_mean, (at_least_single(running_var) + eps).rsqrt()
         ctx.kernel = Kernel(eps, index, reserve) if training else None
-        ctx.of_the_batch = of_the_batch
+        ctx.freezable = freezable
         ctx.tensors = tensors_of(x, weight, bias)
         ctx.save_for_backward(x, weight, mean, invstd)
         result: Tensor = y
@@ -84,8 +84,8 @@ class BatchNorm(Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, invstd = ctx.saved_tensors
-        mask = wanted(ctx, ctx.tensors)
-        if ctx.kernel is None or (ctx.of_the_batch and in_frozen_pass()):
+        mask = needed(ctx, ctx.tensors)
+        if ctx.kernel is None or (ctx.freezable and in_frozen_pass()):
             gradients = constant_backward(g, x, weight, mean, invstd, mask)
         elif torch.is_grad_enabled():
             dx, dweight, dbias = apply_each(_BatchNormBackward, g, x, weight, mean, invstd, ctx.kernel)
@@ -123,7 +123,7 @@ class Scaling(Function):
     def backward(ctx: Any, a: Tensor) -> tuple[Tensor | None, ...]:
         """Of any order: the operations are differentiable where they have to be."""
         g, weight, invstd = ctx.saved_tensors
-        for_g, for_weight = wanted(ctx, ctx.tensors)
+        for_g, for_weight = needed(ctx, ctx.tensors)
         dg = apply_each(Scaling, a, weight, invstd) if for_g else None
         dweight = None
         if for_weight:
@@ -177,7 +177,7 @@ class _BatchNormBackward(Function):
             return *stock_gradients(found, (g, x, weight), (a, aweight, abias)), *nothing
         if a is None:
             return None, None, None, *nothing
-        mask = wanted(ctx, ctx.tensors)
+        mask = needed(ctx, ctx.tensors)
         return *double_backward(ctx.kernel, a, g, x, weight, mean, invstd, sums, mask), *nothing
 
 
@@ -289,8 +289,8 @@ def _batch_norm(
     if input.dim() < 2 or input.numel() <= input.shape[1]:  # nothing to normalize, or one value per channel: an error
         return NotImplemented
     input, weight = dense(input), weight if weight is None else weight.contiguous()
-    of_the_batch = len(input) > 1 or running_mean is not None
-    return BatchNorm.apply(input, weight, bias, running_mean, running_var, training, momentum, eps, of_the_batch)
+    freezable = len(input) > 1 or running_mean is not None
+    return BatchNorm.apply(input, weight, bias, running_mean, running_var, training, momentum, eps, freezable)
 
 
 def _torch_batch_norm(

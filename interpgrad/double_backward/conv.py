@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from interpgrad.autocast import autocast_dtype, without_autocast
-from interpgrad.double_backward.engine import Function, apply_each, tensors_of, wanted
+from interpgrad.double_backward.engine import Function, apply_each, needed, tensors_of
 
 aten = torch.ops.aten
 Geometry = tuple[Sequence[int], Sequence[int], Sequence[int], bool, Sequence[int], int]
@@ -38,7 +38,7 @@ class _Convolution(Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        for_x, *for_parameters = wanted(ctx, ctx.tensors)
+        for_x, *for_parameters = needed(ctx, ctx.tensors)
         if not torch.is_grad_enabled():
             return *_convolution_backward(g, x, weight, ctx.geometry, [for_x, *for_parameters]), None
         dx = apply_each(_DataGradient, g, weight, x.detach(), ctx.geometry) if for_x else None
@@ -63,7 +63,7 @@ class _DataGradient(Function):
     def backward(ctx: Any, u: Tensor) -> tuple[Tensor | None, ...]:
         # Both expressions are differentiable by stock PyTorch: derivatives of any order are right.
         g, weight = ctx.saved_tensors
-        for_g, for_weight = wanted(ctx, (True, True))
+        for_g, for_weight = needed(ctx, (True, True))
         dg = dweight = None
         if for_g:
             with without_autocast(u.device):

@@ -21,11 +21,11 @@ T = TypeVar("T")
 
 
 def tensors_of(*inputs: Any) -> tuple[bool, ...]:
-    """For `wanted`: which of a Function's leading inputs are tensors."""
+    """For `needed`: which of a Function's leading inputs are tensors."""
     return tuple(isinstance(each, Tensor) for each in inputs)
 
 
-def wanted(ctx: Any, tensors: tuple[bool, ...]) -> list[bool]:
+def needed(ctx: Any, tensors: tuple[bool, ...]) -> list[bool]:
     """Which inputs' gradients the running backward pass will use.
 
     `ctx.needs_input_grad` is true for every weight, even while `torch.autograd.grad(loss, x)` asks for
@@ -38,7 +38,7 @@ def wanted(ctx: Any, tensors: tuple[bool, ...]) -> list[bool]:
 
 
 def _will_run(node: Any) -> bool:
-    return getattr(node, "readers", 1) != 0 and private.will_run(node)
+    return getattr(node, "consumers", 1) != 0 and private.will_run(node)
 
 
 def stock_gradients(
@@ -112,13 +112,13 @@ class Root(Function):
     """A copy of the images, whose gradient can be declared unwanted once it has been taken.
 
     The images must require a gradient for delta; afterwards the backward pass of the loss would compute it
-    again at the first layer, for nobody. Once `readers`, on its node, is 0, the layers of this package skip it.
+    again at the first layer, for nobody. Once `consumers`, on its node, is 0, the layers of this package skip it.
     """
 
     @staticmethod
     def forward(ctx: Any, images: Tensor) -> Tensor:
         """The copy."""
-        ctx.readers = 1
+        ctx.consumers = 1
         ctx.without_trace = False
         return images.clone()
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from interpgrad.autocast import at_least_single, autocast_dtype
 from interpgrad.double_backward import batch_norm
 from interpgrad.double_backward.batch_norm import Gradients
-from interpgrad.double_backward.engine import Function, apply_each, stock_gradients, tensors_of, wanted
+from interpgrad.double_backward.engine import Function, apply_each, needed, stock_gradients, tensors_of
 
 aten = torch.ops.aten
 
@@ -100,7 +100,7 @@ class _RowNorm(Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, *saved = ctx.saved_tensors
-        mask = wanted(ctx, ctx.tensors)
+        mask = needed(ctx, ctx.tensors)
         if torch.is_grad_enabled():
             return *apply_each(_RowNormBackward, g, x, *saved, ctx.norm, mask), None
         return *ctx.norm.backward(g, x, saved, mask), None
@@ -129,7 +129,7 @@ class _RowNormBackward(Function):
         if a is None:
             return None, None, None, *nothing
 
-        for_g, for_x, for_weight = wanted(ctx, ctx.tensors)
+        for_g, for_x, for_weight = needed(ctx, ctx.tensors)
         weighted, h = ctx.norm.weighted, ctx.norm.weighted(g, weight)
         a, h, x_rows = (_as_rows(each.to(x.dtype), mean.numel()) for each in (a, h, x))
         kernel = batch_norm.Kernel(ctx.norm.eps, _NATIVE, x.new_empty(0, dtype=torch.uint8))

@@ -22,7 +22,7 @@ from torch.nn.modules import _functions as torch_functions
 
 from interpgrad.autocast import at_least_single
 from interpgrad.double_backward.batch_norm import Scaling, channels, constant_backward
-from interpgrad.double_backward.engine import Function, apply_each, in_frozen_pass, wanted
+from interpgrad.double_backward.engine import Function, apply_each, in_frozen_pass, needed
 
 
 class _SumOverRanks(Function):
@@ -68,7 +68,7 @@ class SyncBatchNorm(Function, torch_functions.SyncBatchNorm):
             gradients: tuple[Tensor | None, ...] = torch_functions.SyncBatchNorm.backward(ctx, g)  # type: ignore[no-untyped-call]
             return gradients
         x, weight, mean, invstd, _ = ctx.saved_tensors
-        mask = wanted(ctx, (True, weight is not None, weight is not None))
+        mask = needed(ctx, (True, weight is not None, weight is not None))
         return *constant_backward(g, x, weight, mean, invstd, mask), *[None] * 6
 
 
