@@ -15,7 +15,7 @@ mkdir -p "$out"
 # All that can run on a device, without the files that start programs of their own and the random networks, which take
 # minutes there: `make test-cuda` has them.
 tests=(captum check cuda double_backward errors frozen guided integrations interrupts loss messages metrics mixed_precision
-    models no_trace plot private reports saliency)
+    models no_trace plot private reports saliency targets)
 OMP_NUM_THREADS=1 timeout "${TESTS:-200}" "$python" -m pytest --device cuda -n "${WORKERS:-11}" --dist worksteal -p no:benchmark --maxfail 20 \
     --durations 10 -rs $(printf 'tests/test_%s.py ' "${tests[@]}") 2>&1 | tee "$out/tests.log" | tail -n 40
 

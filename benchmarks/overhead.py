@@ -130,6 +130,7 @@ def contenders(
     statistics of the batch. The others are as the loss is by default.
     """
     reg = InterpretableGradientLoss(model, lam=lam, activations=activations)
+    unguided = InterpretableGradientLoss(model, lam=lam, activations=activations, target="low_pass")
     lazy = InterpretableGradientLoss(model, lam=lam, activations=activations, every=4)
     paper = InterpretableGradientLoss(
         model, lam=lam, criterion="cross_entropy", batch_norm="coupled", activations=activations
@@ -181,6 +182,7 @@ def contenders(
         "interpgrad, coupled, shared forward": lambda: shared(paper),
         "interpgrad, plain call": own_forward,
         "interpgrad, shared forward": shared,
+        "interpgrad, shared forward, target low_pass": lambda: shared(unguided),
         "interpgrad, shared forward, every=4": lambda: shared(lazy),
     }
 
@@ -397,7 +399,7 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
     names = [
         name for name in dict.fromkeys(name for result in results for name in result["rows"]) if name != "plain step"
     ]
-    colours = ["#bbbbbb", "#88ccee", "#332288", "#44aa99", "#117733", "#ddcc77"]  # Paul Tol's muted scheme
+    colours = ["#bbbbbb", "#88ccee", "#332288", "#44aa99", "#117733", "#999933", "#ddcc77"]  # Paul Tol's muted scheme
     figure, axis = plt.subplots(figsize=(1.6 + 2.6 * len(results), 4), layout="constrained")
     width = 0.8 / len(names)
     for position, (name, colour) in enumerate(zip(names, colours, strict=False)):
