@@ -1,6 +1,6 @@
 # What people and workflows call. Each target makes the environment it needs when that is missing.
 #
-#     make test TORCH=2.8.*      with this PyTorch, or TORCH=nightly NIGHTLY=<index of its nightly builds>, in an
+#     make test TORCH=2.11.*      with this PyTorch, or TORCH=nightly NIGHTLY=<index of its nightly builds>, in an
 #                                environment of its own
 #     make test ARGS="-k name"   arguments of the program behind the target
 

@@ -22,8 +22,7 @@ from jobs import run_missing
 from torch import Tensor, nn
 from training import PLAIN, Run, Setting, augment, one_cycle
 
-from interpgrad import InterpretableGradientLoss, low_pass, saliency
-from interpgrad.errors import cos
+from interpgrad import InterpretableGradientLoss, saliency
 
 EPOCHS, BATCH, SEEDS = 8, 128, (0, 1, 2)
 LAST = 6  # the index of the last stage in small_resnet
@@ -80,14 +79,18 @@ class TowardsSmoothGrad(Run):
 
     samples = 4
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.regularizer.target = "given"
+
     def objective(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         target = saliency.smooth_gradient(
             self.model, x, y, samples=self.samples, criterion="log_prob", chunk_size=None,
             generator=torch.Generator(x.device).manual_seed(self.done),
         )  # fmt: skip
-        target = low_pass(target)
-        self.regularizer.error = lambda delta, _: cos(delta, target)
-        return super().objective(x, y)
+        with self.regularizer.shared_forward():
+            logits = self.model(x)
+        return F.cross_entropy(logits, y) + self.regularizer(x, y, target=target), logits
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from interpgrad.transforms import low_pass
 
 
 class InterpretableGradientLoss(nn.Module):
-    """lam * R, where R is the mean error between the input gradient and the guided input gradient.
+    """lam * R, where R is the mean error between the input gradient and its target.
 
     Drop-in, with a forward pass of its own that leaves no trace::
 
@@ -35,23 +35,28 @@ class InterpretableGradientLoss(nn.Module):
             logits = model(x)
         loss = F.cross_entropy(logits, y) + reg(x, y)
 
-    After Torres et al., "A Learning Paradigm for Interpretable Gradients", arXiv 2404.15024: the input
-    gradient is differentiated, the guided one is a constant. Two defaults are not the paper's, whose reading is
-    `criterion="cross_entropy", batch_norm="coupled"`.
+    The input gradient is differentiated, the target is a constant. By default that is the guided gradient, after Torres
+    et al., "A Learning Paradigm for Interpretable Gradients", arXiv 2404.15024. Two defaults are not the paper's, whose
+    reading is `criterion="cross_entropy", batch_norm="coupled"`. With a mask as the target the loss says where the
+    evidence lies, after Ross et al., "Right for the Right Reasons", arXiv 1703.03717.
 
     Args:
-        model: any module taking images first. It is held, not registered: `reg.parameters()` is empty.
-        error: "cos", "mae", "mse", "hi" (see `interpgrad.errors`) or a callable
-            `(delta, guided) -> (N,)`, to be minimized.
+        model: any module taking images first. It is held, not registered: `reg.parameters()` is empty of it.
+        error: "cos", "mae", "mse", "hi", "outside", which takes a mask (see `interpgrad.errors`), or a callable
+            `(delta, target) -> (N,)`, to be minimized.
         lam: weight of the term; may be changed between steps. At 0 the value is still computed (for the
             log, in `penalty`) but contributes nothing, bit for bit.
-        criterion: the function of the logits whose gradients are compared: "log_prob", the log-probability of
+        target: what the input gradient delta is compared with: "guided"; "low_pass", delta's own 3x3 mean; "zero", of
+            which `error="mse"` makes the classical gradient penalty; "given", a tensor of each call,
+            `reg(x, y, target=t)`; or a callable `(passes) -> tensor` (see `interpgrad.targets`). A module among the
+            settings is registered.
+        criterion: the function of the logits whose gradient is taken: "log_prob", the log-probability of
             the target; "logit", its logit, what saliency methods explain; "cross_entropy", the loss; or a callable
             `(logits, y) -> 0-dim tensor`, summed over the batch. Of the first two, how sure the network is
             is a constant of the penalty (see `interpgrad.criteria`).
-        batch_norm: "frozen": in both gradients, and in what the penalty is differentiated with, the
+        batch_norm: "frozen": in all gradients, and in what the penalty is differentiated with, the
             statistics of the batch are constants, as inference holds them. "coupled": functions of the batch, as
-            plain autograd has them in training mode; the gradients aligned are then not those that
+            plain autograd has them in training mode; the gradients are then not those that
             inference sees. The same in evaluation mode.
         every: lazy regularization: computed at the first of every `every` calls and multiplied by `every`,
             zero and free at the others.
@@ -59,12 +64,13 @@ class InterpretableGradientLoss(nn.Module):
             more from it, at a smaller price.
         warmup: then the weight grows linearly from 0 to lam over so many calls, those that `every` skips included.
         activations: "all", every rectifier, or "relu", the piecewise-linear family alone.
-        transform: a differentiable callable applied to both gradients before the error, for instance
-            `interpgrad.low_pass`, or a sum over channels.
+        transform: a differentiable callable applied to delta and its target before the error, for instance
+            `interpgrad.low_pass`, or a sum over channels. A mask is left as it is.
 
     Attributes:
         penalty: R of the last computed call: detached, not multiplied by lam; None before the first.
-        cosine: mean cosine of delta and guided of that call, before `transform`, whatever the error; likewise detached.
+        cosine: mean cosine of delta and its target in that call, before `transform`, whatever the error; likewise
+            detached. None where the target is zero or a mask.
 
     The extra forward pass of a plain call gives back buffers, modes and random states, of Python and numpy too. It
     cannot take back what a model or its hooks write elsewhere (lists, counters, attributes, such as the auxiliary
@@ -251,7 +257,7 @@ class InterpretableGradientLoss(nn.Module):
             yield
 
     def logs(self) -> dict[str, float]:
-        """What to log of the last computed call: penalty, cosine and term, what was added to the loss.
+        """What to log of the last computed call: penalty, cosine (but of zero and masks) and term, as it was added.
 
         Plain numbers, which any logger takes; empty before `start`. On a GPU it waits for the result.
         """

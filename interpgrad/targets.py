@@ -1,13 +1,25 @@
-"""Targets: the constants that the input gradient delta is compared with.
+"""Targets: the constants t that the input gradient delta is compared with.
 
-    "guided"      the guided gradient of the same criterion: one more backward pass
-    "low_pass"    delta's own 3x3 mean
-    "zero"        0: with error="mse" the classical gradient penalty
-    "given"       a tensor of each call, `reg(x, y, target=t)`: a map to agree with, or a mask
-    a callable    `(passes) -> tensor`, of what `interpgrad.gradients.Passes` offers
+| `target=` | t | backward passes beside delta's |
+| --- | --- | --- |
+| "guided" | the guided gradient of the same criterion | one |
+| "low_pass" | delta's own 3x3 mean | none |
+| "zero" | 0; with `error="mse"` the classical gradient penalty | none |
+| "given" | the tensor of this call, `reg(x, y, target=t)`: a map to agree with, or a mask | none |
+| a callable | `target(passes) -> tensor`, made of what `Passes` offers | those it asks for |
 
-Source of the second penalty: Drucker and LeCun, "Improving generalization performance using double backpropagation",
+Source of the gradient penalty: Drucker and LeCun, "Improving generalization performance using double backpropagation",
 1992; Ross and Doshi-Velez, arXiv 1711.09404.
+
+>>> from torch import nn
+>>> from interpgrad import InterpretableGradientLoss
+>>> def away_from_the_runner_up(passes):
+...     second = torch.zeros_like(passes.v).scatter(1, passes.logits.topk(2, 1).indices[:, 1:], 1)
+...     return passes.delta - passes.gradient(second)
+>>> model = nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 3))
+>>> reg = InterpretableGradientLoss(model, target=away_from_the_runner_up)
+>>> reg(torch.randn(2, 3, 2, 2), torch.tensor([0, 2])).shape
+torch.Size([])
 """
 
 from __future__ import annotations

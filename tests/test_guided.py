@@ -14,6 +14,16 @@ from torch.utils.checkpoint import checkpoint
 
 from interpgrad import input_gradients
 
+
+class Apply(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, h):
+        return self.function(h)
+
+
 PAPER = {"criterion": "cross_entropy", "batch_norm": "coupled"}
 
 
@@ -83,6 +93,26 @@ def test_activations_called_on_another_thread():
             return results[0]
 
     assert_equal_gradients(Threaded(), copy.deepcopy(model), *data())
+
+
+def test_what_no_thread_of_ours_sees():
+    """The one limit: in place on a view, on a thread of the model's own. Delta is right, that activation not guided."""
+    x, y = data()
+    found = []
+    for threaded in (True, False):
+        model = small_net()
+
+        def rectify(h, threaded=threaded):
+            call = lambda: torch.relu_(h[:, :3])  # noqa: E731
+            worker = threading.Thread(target=call if threaded else int)
+            worker.start()
+            worker.join()
+            return h if threaded else h * torch.cat([h[:, :3].detach() > 0, torch.ones_like(h[:, 3:])], 1)
+
+        model.insert(2, Apply(rectify))
+        found.append(input_gradients(model, x, y))
+    for ours, expected in zip(*found, strict=True):
+        assert relative_difference(ours, expected) < 1e-12
 
 
 def test_functional_activation_inside_an_aten_composite():

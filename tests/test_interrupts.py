@@ -122,6 +122,7 @@ def left_behind(call, model, x, y, later, exception, delay):
     return changed + [value for value in outside(model) if value not in surroundings], raised
 
 
+@pytest.mark.cpu("what makes tensors on a device is a function mode, which torch itself loses where it is interrupted")
 def test_interrupted_at_random_times(interrupt):
     """At most one of a thousand leaves something behind: Python runs handlers between any two instructions."""
     later, exception = interrupt
