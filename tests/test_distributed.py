@@ -59,19 +59,36 @@ def half(rank, tensor):
     return tensor[4 * rank : 4 * rank + 4]
 
 
+def towards_another_class(passes):
+    return passes.gradient(passes.v.roll(1, 1), guided=True)
+
+
+TARGETS = {
+    "guided": {},
+    "mask": {"error": "outside", "target": "given"},
+    "callable": {"target": towards_another_class},
+    "zero": {"error": "mse", "target": "zero"},
+}
+
+
+def given(reg, x):
+    """A mask, of a loss that takes one."""
+    return {"target": x[:, :1] > 0} if reg.target == "given" else {}
+
+
 def term(model, reg, x, y, shared):
     if shared:
         with reg.shared_forward():
             logits = model(x)
     else:
         logits = model(x)
-    return F.cross_entropy(logits, y) + reg(x, y)
+    return F.cross_entropy(logits, y) + reg(x, y, **given(reg, x))
 
 
-def whole_batch_gradients(accumulate):
+def whole_batch_gradients(accumulate, **settings):
     """Per batch, or summed over the batches, in one process."""
     model = net()
-    reg, found = InterpretableGradientLoss(model, lam=0.5), []
+    reg, found = InterpretableGradientLoss(model, lam=0.5, **settings), []
     for x, y in batches():
         if not accumulate:
             model.zero_grad()
@@ -93,13 +110,14 @@ DDP = [{}, {"find_unused_parameters": True}, {"static_graph": True}, {"gradient_
 
 
 def ddp(rank, settings, shared):
-    model = DistributedDataParallel(net(), **settings)
-    reg = InterpretableGradientLoss(model, lam=0.5)
-    for (x, y), expected in zip(batches(), whole_batch_gradients(accumulate=False), strict=True):
-        model.zero_grad()
-        term(model, reg, half(rank, x), half(rank, y), shared).backward()
-        assert_equal(model, expected)
-    assert "7.bias" in expected
+    for target in TARGETS.values():
+        model = DistributedDataParallel(net(), **settings)
+        reg = InterpretableGradientLoss(model, lam=0.5, **target)
+        for (x, y), expected in zip(batches(), whole_batch_gradients(accumulate=False, **target), strict=True):
+            model.zero_grad()
+            term(model, reg, half(rank, x), half(rank, y), shared).backward()
+            assert_equal(model, expected)
+        assert "7.bias" in expected
 
 
 @pytest.mark.parametrize("settings", DDP, ids=lambda settings: next(iter(settings), "default"))
@@ -383,9 +401,14 @@ def are_freed(model):
 
 
 def fsdp2(rank, build, shared, keeps):
+    for target in TARGETS.values():
+        fsdp2_with(rank, build, shared, keeps, target)
+
+
+def fsdp2_with(rank, build, shared, keeps, target):
     model, single = sharded(build), build()
     optimizer, reference = (torch.optim.SGD(each.parameters(), lr=0.1) for each in (model, single))
-    reg, alone = InterpretableGradientLoss(model, lam=0.5), InterpretableGradientLoss(single, lam=0.5)
+    reg, alone = (InterpretableGradientLoss(each, lam=0.5, **target) for each in (model, single))
     model.set_reshard_after_backward(not keeps)
     for x, y in batches() * 2:
         images, targets = (half(rank, x), half(rank, y)) if build is net else (x, y)
@@ -404,7 +427,7 @@ def fsdp2(rank, build, shared, keeps):
         reference.step()
         if not keeps:
             with torch.no_grad():  # nothing comes after: the next step would use what was not freed
-                torch.testing.assert_close(reg(x, y), alone(x, y))
+                torch.testing.assert_close(reg(x, y, **given(reg, x)), alone(x, y, **given(alone, x)))
             assert are_freed(model)
             torch.testing.assert_close(input_gradients(model, x, y), input_gradients(single, x, y))
             assert are_freed(model)
