@@ -27,11 +27,13 @@ class Images:
     train: tuple[Tensor, Tensor]
     test: tuple[Tensor, Tensor]
     evidence: Tensor | None = None  # (N, 32, 32) bool: where in the test images the evidence lies, if known
+    train_evidence: Tensor | None = None  # the same of the training images
 
     def to(self, device: torch.device | str) -> Images:
         """The same on another device."""
         pairs = [(x.to(device), y.to(device)) for x, y in (self.train, self.test)]
-        return Images(self.name, self.classes, *pairs, None if self.evidence is None else self.evidence.to(device))
+        masks = [None if each is None else each.to(device) for each in (self.evidence, self.train_evidence)]
+        return Images(self.name, self.classes, *pairs, *masks)
 
 
 def digits_on_photographs(train: int, test: int) -> Images:
@@ -56,7 +58,7 @@ def digits_on_photographs(train: int, test: int) -> Images:
         return *_draw(scans[chosen], backgrounds, generator), labels[chosen]
 
     for_test = len(scans) // 4
-    train_images, _, train_labels = compose(train, shuffled[for_test:], half=0, seed=1)
+    train_images, train_ink, train_labels = compose(train, shuffled[for_test:], half=0, seed=1)
     test_images, test_ink, test_labels = compose(test, shuffled[:for_test], half=1, seed=2)
     return Images(
         "digits on photographs",
@@ -64,6 +66,7 @@ def digits_on_photographs(train: int, test: int) -> Images:
         (train_images, train_labels),
         (test_images, test_labels),
         test_ink[:, 0] > _INK,
+        train_ink[:, 0] > _INK,
     )
 
 

@@ -80,16 +80,8 @@ def outside(delta: Tensor, mask: Tensor) -> Tensor:
     Raises:
         ValueError: the mask does not broadcast to delta.
 
-    The idea is that of Ross, Hughes, Doshi-Velez, "Right for the Right Reasons", arXiv 1703.03717. Their own formula
-    is not scale-free: the squares outside of the mask, of the sum of all classes' log-probabilities::
-
-        InterpretableGradientLoss(
-            model,
-            error=lambda delta, mask: ((1 - mask) * delta).square().flatten(1).sum(1),
-            target="given",
-            criterion=lambda logits, y: logits.log_softmax(1).sum(),
-            batch_norm="coupled",
-        )
+    After Ross, Hughes, Doshi-Velez, "Right for the Right Reasons", arXiv 1703.03717, whose own formula depends on the
+    scale of the gradient: it is in docs/how-to/targets.md.
 
     >>> outside(torch.tensor([[[[3.0, 4.0]]]]), torch.tensor([[[True, False]]]))
     tensor([0.6400])

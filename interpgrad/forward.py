@@ -279,9 +279,9 @@ def _own_buffers(module: nn.Module) -> Iterator[None]:
             lent.users.discard(user)
             if lent.users:
                 return
-            _update(lent.buffers, lent.own)
             _lent.pop(module, None)
             for each, own in zip(lent.buffers, lent.own, strict=True):
+                each.update(own)
                 for name in each.keys() - own.keys():
                     del each[name]
 
@@ -290,13 +290,9 @@ def _own_buffers(module: nn.Module) -> Iterator[None]:
             lent = _lent.setdefault(module, lent)
             lent.users.add(user)
             if len(lent.users) == 1:
-                _update(lent.buffers, _clones(lent.own))
+                for each, clones in zip(lent.buffers, _clones(lent.own), strict=True):
+                    each.update(clones)
         yield
-
-
-def _update(buffers: list[Buffers], contents: list[Buffers]) -> None:
-    for each, content in zip(buffers, contents, strict=True):
-        each.update(content)
 
 
 def _clones(own: list[Buffers]) -> list[Buffers]:
@@ -324,10 +320,7 @@ def _random_state_restored(module: nn.Module, x: Tensor) -> Iterator[None]:
 
 def _eager() -> AbstractContextManager[None]:
     """Run modules and functions that were compiled eagerly: their graphs have no double backward."""
-    if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
-        eager: AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
-        return eager
-    return nullcontext()
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 def is_compiled(module: nn.Module) -> bool:

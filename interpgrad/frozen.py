@@ -125,10 +125,9 @@ def separately(
 ) -> Tensor:
     """The same values, differentiated in a backward pass of its own.
 
-    In networks with smooth activations or products (gates, attention) the derivative of the input gradient flows back
-    into the forward activations, and from there to the parameters. Statistics are constants in this flow, but functions
-    of the batch in that of the classification loss. Both meet on the graph of the forward pass, where only a second
-    pass over it tells them apart.
+    NOTE. With smooth activations or gates, delta's derivative flows back into the activations of the forward pass. From
+    there it reaches the parameters, through batch norm. In this flow the statistics are constants. In that of the
+    classification loss they are functions of the batch. Both flows meet on one graph, so one pass cannot be both.
 
     Args:
         network: the forward pass.

@@ -72,12 +72,9 @@ def input_gradients(
         x: images, floating point, (N, C, H, W) or any shape that begins with N.
         y: what `criterion` takes beside the logits: class indices (N,) or probabilities (N, C) for the
             built-in ones. None means the predicted class.
-        criterion: "log_prob", the target's log-probability; "logit", the target's logit; "cross_entropy"; or a
-            callable `(logits, y) -> 0-dim tensor`; all summed over the batch. Differentiated again, the derivative of
-            the first two at the logits is a constant (see `interpgrad.criteria`).
-        batch_norm: "frozen", the statistics of the batch are constants in the gradients, as inference holds them;
-            "coupled", they are functions of the batch, as plain autograd has them. The same in evaluation mode.
-        activations: "all", every rectifier; "relu", the piecewise-linear family alone (see `interpgrad.guided`).
+        criterion: as of `InterpretableGradientLoss`, and so are
+        batch_norm: and
+        activations: which say whose gradient is taken, and how.
         create_graph: whether the first gradient can be differentiated again, in x and the parameters.
 
     Returns:
@@ -133,7 +130,9 @@ def backward_passes(
         graph.refuse_sync_batch_norm(operations)
     network = frozen.RecordedGraph(operations, functools.partial(forward.inner_passes, create_graph=create_graph))
     with network.inner(), network.frozen_pass(logits) if freezes else nullcontext(logits) as output:
-        passes = Passes(y, v, forward, network, output, settings, create_graph, set() if verified is None else verified)
+        given = forward.x.detach(), y, output.detach(), v.detach()
+        verified = set() if verified is None else verified
+        passes = Passes(*given, v, forward, network, output, settings, create_graph, verified)
         try:
             yield passes
         finally:
@@ -152,7 +151,10 @@ class Passes:
         delta: the input gradient J^T v, of the shape of x, detached; taken when it is first asked for.
     """
 
+    x: Tensor
     y: Any
+    logits: Tensor
+    v: Tensor
     _v: Tensor
     _forward: Forward
     _network: frozen.RecordedGraph
@@ -161,18 +163,6 @@ class Passes:
     _create_graph: bool
     _verified: set[frozenset[str]]
     _over: bool = False
-
-    @property
-    def x(self) -> Tensor:  # noqa: D102  # an attribute
-        return self._forward.x.detach()
-
-    @property
-    def logits(self) -> Tensor:  # noqa: D102
-        return self._output.detach()
-
-    @property
-    def v(self) -> Tensor:  # noqa: D102
-        return self._v.detach()
 
     @property
     def delta(self) -> Tensor:  # noqa: D102

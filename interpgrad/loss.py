@@ -72,15 +72,10 @@ class InterpretableGradientLoss(nn.Module):
         cosine: mean cosine of delta and its target in that call, before `transform`, whatever the error; likewise
             detached. None where the target is zero or a mask.
 
-    The extra forward pass of a plain call gives back buffers, modes and random states, of Python and numpy too. It
-    cannot take back what a model or its hooks write elsewhere (lists, counters, attributes, such as the auxiliary
-    losses of a mixture of experts): a shared forward pass is the user's own and has no such question.
-
-    Threads that use one model here, for losses, gradients, maps or metrics, wait for each other. Nothing waits for the
-    model's own forward pass on another thread, which must not run at the same time.
-
-    With frozen statistics no gradient runs through the other samples of the batch; the extra pass normalizes with
-    the batch's statistics and does not update the running ones.
+    The extra forward pass of a plain call gives back buffers, modes and random states. It cannot take back what a model
+    or its hooks write elsewhere (lists, counters, attributes, such as the auxiliary losses of a mixture of experts): a
+    shared forward pass is the user's own and has no such question. Threads that use one model here wait for each other,
+    but not for the model's own forward pass on another thread, which must not run at the same time.
 
     >>> model = nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 3))
     >>> reg = InterpretableGradientLoss(model, error="cos", lam=7.5e-3)
@@ -196,7 +191,8 @@ class InterpretableGradientLoss(nn.Module):
             delta, t = at_least_single(delta), at_least_single(t)
             with without_autocast(x.device):
                 penalty = self._errors(delta, t).mean()
-                cosine = 1 - cos(delta.detach(), t).mean() if self._compares_directions() else None
+                directions = self.target != "zero" and self.error not in MASKED
+                cosine = 1 - cos(delta.detach(), t).mean() if directions else None
 
         self.penalty, self.cosine = penalty.detach(), cosine
         self._term = weight * self.penalty
@@ -234,9 +230,6 @@ class InterpretableGradientLoss(nn.Module):
                 "reduce over all dimensions but the first."
             )
         return value
-
-    def _compares_directions(self) -> bool:
-        return self.target != "zero" and self.error not in MASKED
 
     @contextmanager
     def shared_forward(self) -> Iterator[None]:

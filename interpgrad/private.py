@@ -12,7 +12,7 @@ Functions below have those that are asked here. Elsewhere, where they belong to 
 | `_functions.SyncBatchNorm`, `_check_input_dim` | sync_batch_norm.py | the differentiable layer, which is slower |
 | `_buffers` | forward.py | `register_buffer` for each buffer |
 | `_version` | forward.py | no notice where weights change after a shared forward pass |
-| `_is_view` | on_views.py, rectifier.py, smooth.py, hardsigmoid.py | copies for all activations in place |
+| `_is_view` | on_views.py, rectifier.py, smooth.py | copies for all activations in place |
 | `_Loss` | criteria.py | a list of torch's losses |
 | `_orig_mod` | model.py | only modules compiled in place |
 | `_dynamo`, in sys.modules | engine.py, forward.py | `torch.compiler.disable`, which takes a second to import |
@@ -50,10 +50,7 @@ def will_run(node: Node) -> bool:
 
 
 def number_of_backward_pass() -> int:
-    """Unique in the process, -1 outside of backward passes: `_current_graph_task_id`.
-
-    Without it there is an AttributeError: frozen statistics depend on it.
-    """
+    """Unique in the process, -1 outside of backward passes: `_current_graph_task_id`; for frozen statistics."""
     return int(torch._C._current_graph_task_id())
 
 
@@ -106,10 +103,7 @@ def enable_attention(enabled: Mapping[str, bool]) -> None:
 
 
 def under_a_transform() -> bool:
-    """Whether vmap, jvp or another of torch.func is under way: `peek_interpreter_stack`.
-
-    Without it there is an AttributeError, as without the three that follow.
-    """
+    """Whether vmap, jvp or another of torch.func is under way: `peek_interpreter_stack`."""
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
@@ -144,28 +138,18 @@ def disable_dynamo(function: Callable[P, T]) -> Callable[P, T]:
 
 
 def is_compiled_wrapper(module: nn.Module) -> bool:
-    """Whether this is what torch.compile(module) returned: `OptimizedModule`.
-
-    Without it there is an AttributeError. Asked of the type: a wrapper may delegate look-ups of attributes to what is
-    compiled inside.
-    """
+    """Whether torch.compile(module) returned this: `OptimizedModule`. Asked of the type: it delegates look-ups."""
     dynamo = sys.modules.get("torch._dynamo.eval_frame")  # not imported before somebody compiles
     return dynamo is not None and isinstance(module, dynamo.OptimizedModule)
 
 
 def is_compiled_in_place(module: nn.Module) -> bool:
-    """Whether module.compile() was called: `_compiled_call_impl`.
-
-    Without it there is an AttributeError.
-    """
+    """Whether module.compile() was called: `_compiled_call_impl`."""
     return module._compiled_call_impl is not None
 
 
 def parameter_groups(module: nn.Module) -> list[Any]:
-    """The groups by which FSDP2 gathers and frees parameters: `_fsdp_param_group(s)`.
-
-    Without them FSDP2 itself fails in the second of two backward passes.
-    """
+    """The groups by which FSDP2 gathers and frees parameters: `_fsdp_param_group(s)`, without which it fails."""
     sharded = [part for part in module.modules() if hasattr(type(part), "set_reshard_after_backward")]
     states: list[Any] = [part._get_fsdp_state() for part in sharded]  # type: ignore[operator]
     of_each = [getattr(state, "_fsdp_param_groups", [getattr(state, "_fsdp_param_group", None)]) for state in states]

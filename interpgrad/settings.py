@@ -12,7 +12,7 @@ BATCH_NORM = ("frozen", "coupled")
 
 @dataclass(frozen=True)
 class Settings:
-    """As of `interpgrad.input_gradients`, which documents each. A ValueError names what is unknown."""
+    """As of `InterpretableGradientLoss`, which documents each. A ValueError names what is unknown."""
 
     criterion: Criterion | str = "log_prob"
     batch_norm: str = "frozen"

@@ -10,16 +10,6 @@
 
 Source of the gradient penalty: Drucker and LeCun, "Improving generalization performance using double backpropagation",
 1992; Ross and Doshi-Velez, arXiv 1711.09404.
-
->>> from torch import nn
->>> from interpgrad import InterpretableGradientLoss
->>> def away_from_the_runner_up(passes):
-...     second = torch.zeros_like(passes.v).scatter(1, passes.logits.topk(2, 1).indices[:, 1:], 1)
-...     return passes.delta - passes.gradient(second)
->>> model = nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 3))
->>> reg = InterpretableGradientLoss(model, target=away_from_the_runner_up)
->>> reg(torch.randn(2, 3, 2, 2), torch.tensor([0, 2])).shape
-torch.Size([])
 """
 
 from __future__ import annotations
@@ -44,7 +34,7 @@ _MADE: dict[str, Target] = {
     "low_pass": lambda passes: low_pass(at_least_single(passes.delta)),
     "zero": lambda passes: passes.x.new_zeros(()).expand_as(passes.x),
 }
-_NO_DIRECTION = 'which has no direction: use error="mse", the gradient penalty, or error="mae".'
+_NO_DIRECTION = 'which has no direction: use "mse", the gradient penalty, or "mae".'
 _NO_MASK = 'which is no mask: use target="given", and reg(x, y, target=mask) at each call, or a callable.'
 
 
@@ -57,7 +47,7 @@ def check_target(target: Target | str, error: Any) -> None:
         )
     if target == "zero" and error in ("cos", "hi"):
         raise ValueError(
-            f'expected an error that compares with 0, got error="{error}" with target="zero", {_NO_DIRECTION}'
+            f'expected an error that compares with 0, got error="{error}" for target="zero", {_NO_DIRECTION}'
         )
     if error in MASKED and target in _MADE:
         raise ValueError(f'expected a mask of relevant pixels for error="outside", got target="{target}", {_NO_MASK}')
@@ -70,29 +60,18 @@ def check_given(target: Target | str, given: Any, x: Tensor, error: Any) -> None
             f"expected no target at this call, got {type(given).__name__} for a loss with target={target!r}: make the "
             'loss with target="given".'
         )
-    if target == GIVEN and given is None:
-        raise TypeError(
-            'expected a target at this call, got none for a loss with target="given": call reg(x, y, target=t).'
-        )
     if target == GIVEN:
+        if given is None:
+            raise TypeError(
+                'expected a target at this call, got none for a loss with target="given": reg(x, y, target=t).'
+            )
         _as_constant(given, x, error)
 
 
 def make_target(target: Target | str, given: Any, passes: Passes, error: Any, *, first: bool) -> Tensor:
     """The target of these passes, of delta's shape, or a mask as it was given.
 
-    Args:
-        target: of the loss.
-        given: of this call.
-        passes: the backward passes over its graph.
-        error: of the loss; "outside" takes a mask.
-        first: whether this is the first call. At later ones nobody looks at the values of what is made here, nor of
-            what is given on a GPU, which would have to be waited for.
-
-    Raises:
-        TypeError: it is no tensor, or neither floating point nor bool.
-        ValueError: it is on another device than x, does not broadcast to its shape, or holds NaN or infinity; a mask
-            is not in [0, 1].
+    Its values are looked at in the `first` call, and later if it is given on the CPU: looking waits for a GPU.
     """
     if isinstance(target, str) and target in _MADE:
         return _MADE[target](passes)
@@ -134,8 +113,6 @@ def _as_constant(target: Any, x: Tensor, error: Any) -> Tensor:
 def _refuse_values(target: Tensor, error: Any) -> None:
     if not target.isfinite().all():
         raise ValueError("expected a finite target, got NaN or infinity: look at how it was made.")
-    if error != "outside":
-        return
     low, high = (float(end) for end in target.aminmax())
-    if low < 0 or high > 1:
+    if error in MASKED and (low < 0 or high > 1):
         raise ValueError(f"expected a mask in [0, 1], got values from {low:g} to {high:g}: divide it by its largest.")

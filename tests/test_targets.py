@@ -371,7 +371,7 @@ def test_delta_is_taken_once():
 
 
 BAD = {
-    "missing": ({}, None, TypeError, 'got none for a loss with target="given": call reg'),
+    "missing": ({}, None, TypeError, 'got none for a loss with target="given": reg'),
     "not asked for": ({"target": "guided"}, MAP, TypeError, "got Tensor for a loss with target='guided'"),
     "no tensor": ({}, [0.5], TypeError, "floating point or bool, got list"),
     "integers": ({}, MAP.int(), TypeError, r"got a tensor of torch.int32: convert it, as t.float\(\)"),
@@ -416,8 +416,8 @@ def test_bad_targets(name, shared):
     [
         ({"target": "smooth"}, "expected target to be one of 'guided', 'low_pass', 'zero', 'given' or a callable"),
         ({"target": None}, "or a callable .passes. -> tensor, got None"),
-        ({"target": "zero"}, 'got error="cos" with target="zero", which has no direction: use error="mse"'),
-        ({"target": "zero", "error": "hi"}, 'got error="hi" with target="zero"'),
+        ({"target": "zero"}, 'got error="cos" for target="zero", which has no direction: use "mse"'),
+        ({"target": "zero", "error": "hi"}, 'got error="hi" for target="zero"'),
         ({"error": "outside"}, 'got target="guided", which is no mask: use target="given"'),
         ({"error": "outside", "target": "low_pass"}, 'got target="low_pass", which is no mask'),
         ({"error": "outside", "target": "zero"}, 'got target="zero", which is no mask'),

@@ -18,7 +18,6 @@ from interpgrad.double_backward import (
     batch_norm,
     checkpointing,
     conv,
-    hardsigmoid,
     on_views,
     pooling,
     rectifier,
@@ -33,7 +32,6 @@ _REPLACEMENTS = {
     **pooling.REPLACEMENTS,
     **rectifier.REPLACEMENTS,
     **smooth.REPLACEMENTS,
-    **hardsigmoid.REPLACEMENTS,
     **on_views.REPLACEMENTS,
 }
 _CONCERNED = {*_REPLACEMENTS, *attention.FUNCTIONS}

@@ -293,21 +293,6 @@ def _batch_norm(
     return BatchNorm.apply(input, weight, bias, running_mean, running_var, training, momentum, eps, freezable)
 
 
-def _torch_batch_norm(
-    input: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    training: bool,
-    momentum: float,
-    eps: float,
-    cudnn_enabled: bool,  # noqa: ARG001
-) -> Any:
-    """The replacement of torch.batch_norm, with its signature."""
-    return _batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-
-
 def _instance_norm(
     input: Tensor,
     running_mean: Tensor | None = None,
@@ -337,24 +322,21 @@ def _instance_norm(
     return y.view(input.shape)
 
 
-def _torch_instance_norm(
-    input: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    use_input_stats: bool,
-    momentum: float,
-    eps: float,
-    cudnn_enabled: bool,  # noqa: ARG001
-) -> Any:
-    """The replacement of torch.instance_norm, with its signature."""
-    return _instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+def _of_torch(replacement: Any, flag: str) -> Any:
+    """The replacement of torch's function, which takes the same arguments in another order."""
+    names = ("input", "weight", "bias", "running_mean", "running_var", flag, "momentum", "eps", "cudnn_enabled")
+
+    def reordered(*args: Any, **named: Any) -> Any:
+        given = dict(zip(names, args, strict=False)) | named
+        given.pop("cudnn_enabled", None)
+        return replacement(**given)
+
+    return reordered
 
 
 REPLACEMENTS = {
     F.batch_norm: _batch_norm,
-    torch.batch_norm: _torch_batch_norm,
+    torch.batch_norm: _of_torch(_batch_norm, "training"),
     F.instance_norm: _instance_norm,
-    torch.instance_norm: _torch_instance_norm,
+    torch.instance_norm: _of_torch(_instance_norm, "use_input_stats"),
 }

@@ -95,7 +95,6 @@ def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geome
 
 
 def _replace(dims: int, transposed: bool) -> Any:
-    """The replacement of torch.conv{dims}d or its transpose, with its signature."""
 
     def sizes(value: int | Sequence[int]) -> list[int]:
         value = [value] if isinstance(value, int) else list(value)

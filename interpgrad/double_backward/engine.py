@@ -135,8 +135,8 @@ _frozen: set[int] = set()  # the numbers, unique in the process, of the backward
 def frozen_pass(output: Tensor) -> Iterator[Tensor]:
     """A copy of `output`: in backward passes that begin there, while the context lasts, batch statistics are constants.
 
-    Known by the number of the pass, which its first node takes down: not by a flag of the process or the thread, since
-    the engine runs passes of others in between, and its workers on a GPU are threads of their own.
+    NOTE. The pass is known by its number, which its first node takes down. A flag of the process would not do: the
+    engine runs passes of others in between. Nor would one of the thread: on a GPU the engine has threads of its own.
     """
     numbers: list[int] = []
     try:

@@ -58,7 +58,6 @@ class _Maximum(Function):
 
 
 def _average(dims: int) -> Any:
-    """The replacement of F.avg_pool{dims}d, with its signature."""
     pool, unpool = getattr(aten, f"avg_pool{dims}d"), getattr(aten, f"avg_pool{dims}d_backward")
 
     def average(
@@ -80,7 +79,6 @@ def _average(dims: int) -> Any:
 
 
 def _adaptive(dims: int) -> Any:
-    """The replacement of F.adaptive_avg_pool{dims}d, with its signature."""
     pool, unpool = getattr(aten, f"_adaptive_avg_pool{dims}d"), getattr(aten, f"_adaptive_avg_pool{dims}d_backward")
 
     def adaptive(input: Tensor, output_size: int | Sequence[int | None] | None) -> Any:
@@ -96,7 +94,6 @@ def _adaptive(dims: int) -> Any:
 
 
 def _maximum(dims: int) -> Any:
-    """The replacement of F.max_pool{dims}d and torch.max_pool{dims}d, with their signature."""
     pool = getattr(aten, f"max_pool{dims}d_with_indices")
     unpool = getattr(aten, f"max_pool{dims}d_with_indices_backward")
 

@@ -176,7 +176,6 @@ def _layer_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Any:
-    """The replacement of F.layer_norm, with its signature."""
     if input.numel() == 0 or tuple(input.shape[-len(normalized_shape) :]) != tuple(normalized_shape):
         return NotImplemented  # nothing to normalize, or an error
     return _row_norm(input, weight, bias, _Layer(normalized_shape, eps))
@@ -185,7 +184,6 @@ def _layer_norm(
 def _group_norm(
     input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
 ) -> Any:
-    """The replacement of F.group_norm, with its signature."""
     if input.dim() < 2 or input.numel() == 0 or num_groups < 1 or input.shape[1] % num_groups:
         return NotImplemented
     if input.numel() == len(input) * num_groups:  # one value per row: an error

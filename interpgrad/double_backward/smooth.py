@@ -1,7 +1,8 @@
 """GELU and SiLU, whose second derivative is written out; stock's double backward is some twenty passes over memory.
 
-    GELU    f'' = phi(x) (2 - x^2), with phi the density of the normal distribution
-    SiLU    f'' = s (1 - s) (2 + x (1 - 2 s)), with s the sigmoid of x
+    GELU           f'' = phi(x) (2 - x^2), with phi the density of the normal distribution
+    SiLU           f'' = s (1 - s) (2 + x (1 - 2 s)), with s the sigmoid of x
+    hardsigmoid    f'' = 0; PyTorch has no double backward of it, so that MobileNetV3's gates could not be trained
 
 The backward pass dx = g f'(x) is a Function of its own: for an incoming u the gradient for g is u f'(x), by the same
 kernel, and the one for x is u g f''(x).
@@ -59,22 +60,42 @@ class Silu(Function):
         return apply_each(_Backward, g, *ctx.saved_tensors, aten.silu_backward, _silu_second), None
 
 
-class _Backward(Function):
-    """dx = g f'(x)."""
+class Hardsigmoid(Function):
+    """y = clamp(x / 6 + 1 / 2, 0, 1)."""
+
+    operation = "Hardsigmoid"
 
     @staticmethod
-    def forward(ctx: Any, g: Tensor, x: Tensor, first: Any, second: Callable[[Tensor], Tensor]) -> Tensor:
+    def forward(ctx: Any, x: Tensor, inplace: bool) -> Tensor:
+        ctx.save_for_backward(x.clone() if inplace else x)
+        if inplace:
+            ctx.mark_dirty(x)
+        y: Tensor = aten.hardsigmoid_(x) if inplace else aten.hardsigmoid(x)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors
+        return apply_each(_Backward, g, x.detach(), aten.hardsigmoid_backward, None), None
+
+
+class _Backward(Function):
+    """dx = g f'(x). Without a second derivative x is a constant."""
+
+    @staticmethod
+    def forward(ctx: Any, g: Tensor, x: Tensor, first: Any, second: Callable[[Tensor], Tensor] | None) -> Tensor:
         ctx.derivatives = first, second
         ctx.save_for_backward(g, x)
         dx: Tensor = first(g, x)
         return dx
 
     @staticmethod
-    def backward(ctx: Any, u: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, u: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         """Of any order: the operations are differentiable where they have to be."""
         g, x = ctx.saved_tensors
         first, second = ctx.derivatives
-        return apply_each(_Backward, u, x, first, second), (second(at_least_single(x)) * g * u).to(x.dtype), None, None
+        dx = None if second is None else (second(at_least_single(x)) * g * u).to(x.dtype)
+        return apply_each(_Backward, u, x, first, second), dx, None, None
 
 
 def _gelu_second(x: Tensor) -> Tensor:
@@ -88,15 +109,17 @@ def _silu_second(x: Tensor) -> Tensor:
 
 
 def _gelu(input: Tensor, approximate: str = "none") -> Any:
-    """The replacement of F.gelu, with its signature."""
     return Gelu.apply(input) if approximate == "none" else NotImplemented
 
 
 def _silu(input: Tensor, inplace: bool = False) -> Any:
-    """The replacement of F.silu, with its signature."""
     if inplace:
         return by_copy(F.silu, input) if input._is_view() else Silu.apply(input.clone(), input)
     return Silu.apply(input, None)
 
 
-REPLACEMENTS = {F.gelu: _gelu, F.silu: _silu}
+def _hardsigmoid(input: Tensor, inplace: bool = False) -> Any:
+    return by_copy(F.hardsigmoid, input) if inplace and input._is_view() else Hardsigmoid.apply(input, inplace)
+
+
+REPLACEMENTS = {F.gelu: _gelu, F.silu: _silu, F.hardsigmoid: _hardsigmoid}

@@ -23,38 +23,11 @@ arXiv 1806.07421 (INS, DEL).
 
 from typing import TYPE_CHECKING, Any
 
-from interpgrad.metrics.functional import (
-    HIGHER_IS_BETTER,
-    PROTOCOLS,
-    Protocol,
-    area,
-    average_drop,
-    average_gain,
-    average_increase,
-    deletion,
-    deletion_curve,
-    faithfulness,
-    insertion,
-    insertion_curve,
-)
+from interpgrad.metrics.functional import *  # noqa: F403
+from interpgrad.metrics.functional import __all__ as __all__
 
 if TYPE_CHECKING:
     from interpgrad.metrics.metric import Faithfulness as Faithfulness
-
-__all__ = [
-    "HIGHER_IS_BETTER",
-    "PROTOCOLS",
-    "Protocol",
-    "area",
-    "average_drop",
-    "average_gain",
-    "average_increase",
-    "deletion",
-    "deletion_curve",
-    "faithfulness",
-    "insertion",
-    "insertion_curve",
-]
 
 
 def __getattr__(name: str) -> Any:

@@ -11,6 +11,9 @@ from torch import Tensor, nn
 
 from interpgrad.model import class_logits, classes_to_explain, evaluation_mode, logits_of
 
+__all__ = ["HIGHER_IS_BETTER", "PROTOCOLS", "Protocol", "area", "average_drop", "average_gain", "average_increase"]
+__all__ += ["deletion", "deletion_curve", "faithfulness", "insertion", "insertion_curve"]
+
 _PerChannel = float | Sequence[float] | Tensor | None
 _ROUNDING = 1e-5  # by which maps may leave [0, 1]
 

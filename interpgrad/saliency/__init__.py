@@ -3,16 +3,5 @@
 from interpgrad.saliency.cam import CAMS, ablation_cam, axiom_cam, grad_cam, grad_cam_pp, scale, score_cam, xgrad_cam
 from interpgrad.saliency.gradients import gradient, guided_gradient, smooth_gradient
 
-__all__ = [
-    "CAMS",
-    "ablation_cam",
-    "axiom_cam",
-    "grad_cam",
-    "grad_cam_pp",
-    "gradient",
-    "guided_gradient",
-    "scale",
-    "score_cam",
-    "smooth_gradient",
-    "xgrad_cam",
-]
+__all__ = ["CAMS", "ablation_cam", "axiom_cam", "grad_cam", "grad_cam_pp", "scale", "score_cam", "xgrad_cam"]
+__all__ += ["gradient", "guided_gradient", "smooth_gradient"]

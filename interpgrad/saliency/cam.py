@@ -181,13 +181,8 @@ def ablation_cam(
 
 xgrad_cam = axiom_cam  # its other name
 
-CAMS: dict[str, Callable[..., Tensor]] = {
-    "grad_cam": grad_cam,
-    "grad_cam_pp": grad_cam_pp,
-    "score_cam": score_cam,
-    "ablation_cam": ablation_cam,
-    "axiom_cam": axiom_cam,
-}
+_CAMS: tuple[Any, ...] = (grad_cam, grad_cam_pp, score_cam, ablation_cam, axiom_cam)
+CAMS: dict[str, Callable[..., Tensor]] = {cam.__name__: cam for cam in _CAMS}
 
 
 def scale(maps: Tensor) -> Tensor:
