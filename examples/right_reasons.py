@@ -10,14 +10,10 @@ Somebody has marked the relevant pixels: all but the decoy, in all images or in 
 keeps the input gradient δ on them. Its rivals replace the other pixels: by noise, a random grey, or other images.
 """
 
-from __future__ import annotations
-
 import argparse
-import functools
 import json
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,15 +27,13 @@ from interpgrad import InterpretableGradientLoss, plot, saliency
 
 DECOY = 7  # pixels, its height and width
 GREY = torch.linspace(0.05, 0.95, 10).reshape(10, 1, 1, 1)  # its level for each class
-input_gradient = functools.partial(saliency.gradient, criterion="log_prob", chunk_size=250)
-TENTH = {"share": 0.1}  # of the images are marked
-OFTEN = {"share": 0.1, "often": 20}  # and drawn 20 times as often as others
-CONTENDERS: dict[str, dict[str, Any]] = {  # the arguments of `train`
+OFTEN = {"share": 0.1, "often": 20}  # a tenth of the images, each drawn 20 times as often as another
+CONTENDERS = {  # the arguments of `train`
     "without": {},
     "loss": {"lam": 30},
     "noise": {"fill": torch.rand_like},
-    "loss, a tenth marked": {"lam": 100, **TENTH},  # rarer, so heavier
-    "noise, a tenth marked": {"fill": torch.rand_like, **TENTH},
+    "loss, a tenth marked": {"lam": 100, "share": 0.1},  # rarer, so heavier
+    "noise, a tenth marked": {"fill": torch.rand_like, "share": 0.1},
     "noise, a tenth, drawn often": {"fill": torch.rand_like, **OFTEN},
     "grey, a tenth, drawn often": {"fill": lambda x: torch.rand(len(x), 1, 1, 1), **OFTEN},
     "loss, digit marked": {"lam": 3, "marked": "digit"},
@@ -87,8 +81,7 @@ def train(task, seed, epochs, lam=0, fill=None, marked="all but the decoy", shar
     reg = InterpretableGradientLoss(model, error="outside", target="given", lam=lam, warmup=steps // 2)
     for _ in range(epochs):
         for x, y, mask in loader:
-            if fill:
-                x = torch.where(mask, x, fill(x))
+            x = torch.where(mask, x, fill(x)) if fill else x
             loss = F.cross_entropy(model(x), y)
             if lam:
                 loss = loss + reg(x, y, target=mask)
@@ -99,28 +92,27 @@ def train(task, seed, epochs, lam=0, fill=None, marked="all but the decoy", shar
     return model.eval()
 
 
-def measure(model: nn.Module, task: Task) -> dict[str, float]:
-    """What the network answers to test images, and where its input gradient is while the decoy lies."""
+def measure(model: nn.Module, task: Task) -> tuple[dict[str, float], Tensor]:
+    """What the network answers to test images, where its input gradient is while the decoy lies, and that gradient."""
     with torch.no_grad():
         lying, truthful = (model(x).argmax(1) for x in (task.lying, task.truthful))
-    delta = input_gradient(model, task.lying, task.test_y).double().abs().sum(1)
-    delta = delta / delta.sum((1, 2), keepdim=True).clamp(min=1e-300)
+    delta = saliency.gradient(model, task.lying, task.test_y, criterion="log_prob", chunk_size=250)
+    shares = F.normalize(delta.abs().sum(1).double().flatten(1), p=1, eps=1e-300).unflatten(1, (SIZE, SIZE))
     found = {
         "accuracy, decoy lies": lying == task.test_y,
         "decoy truthful": truthful == task.test_y,
         "decoy changes answer": lying != truthful,
-        "|δ| on decoy": (delta * task.test_decoy).sum((1, 2)),
-        "|δ| on digit": (delta * task.test_digit).sum((1, 2)),
+        "δ on decoy": (shares * task.test_decoy).sum((1, 2)),
+        "δ on digit": (shares * task.test_digit).sum((1, 2)),
     }
-    return {name: float(values.double().mean()) for name, values in found.items()}
+    return {name: float(values.double().mean()) for name, values in found.items()}, delta
 
 
-def picture(models: dict[str, nn.Module], task: Task, path: Path) -> None:
+def picture(deltas: dict[str, Tensor], task: Task, path: Path) -> None:
     """The first six test images, whose decoys lie, and their input gradients in some networks."""
-    x, y = task.lying[:6], task.test_y[:6]
-    columns = {f"δ, {name}": input_gradient(model, x, y) for name, model in models.items()}
-    title = "Input gradient of the log-probability of the digit; the grey patch lies"
-    plot.gradients(x, columns, labels=[str(int(digit)) for digit in y], title=title).savefig(path, dpi=150)
+    columns = {f"δ, {name}": deltas[name][:6] for name in ("without", "loss", "noise")}
+    labels, title = [str(int(y)) for y in task.test_y[:6]], "δ of the digit's log-probability; the grey patch lies"
+    plot.gradients(task.lying[:6], columns, labels=labels, title=title).savefig(path, dpi=150)
 
 
 def main() -> None:
@@ -133,22 +125,22 @@ def main() -> None:
     options = parser.parse_args()
     seeds, epochs = (1, 1) if options.quick else (options.seeds, options.epochs)
     task = Task(1000, 200) if options.quick else Task(6000, 1000)
-    rows: dict[str, list[dict[str, float]]] = {name: [] for name in CONTENDERS}
+    rows, deltas, seconds = {name: [] for name in CONTENDERS}, {}, {}
     for seed in range(seeds):
-        models, seconds = {}, {}
         for name, how in CONTENDERS.items():
             start = time.perf_counter()
-            models[name] = train(task, seed, epochs, **how)
+            model = train(task, seed, epochs, **how)
             seconds[name] = time.perf_counter() - start
-            rows[name].append(measure(models[name], task) | {"time, ratio": seconds[name] / seconds["without"]})
+            figures, deltas[name] = measure(model, task)
+            rows[name].append(figures | {"time, ratio": seconds[name] / seconds["without"]})
             print(f"seed {seed}, {name}: {seconds[name]:.0f} s", flush=True)
     table = []
-    for name, figures in rows.items():
-        values = torch.tensor([list(each.values()) for each in figures])
+    for name, row in rows.items():
+        values = torch.tensor([list(figures.values()) for figures in row])
         deviations, means = torch.std_mean(values, 0, correction=min(1, seeds - 1))
         table.append([name, *(f"{mean:.3f} ± {sd:.3f}" for mean, sd in zip(means, deviations, strict=True))])
     print(markdown_table(["", *rows["without"][0]], table))
-    picture({name: models[name] for name in ("without", "loss", "noise")}, task, options.output)
+    picture(deltas, task, options.output)
     if options.json:
         options.json.write_text(json.dumps({"epochs": epochs, "rows": rows}, indent=1) + "\n")
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 from torch.amp import is_autocast_available
+
+from interpgrad.cleanup import finally_call
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
@@ -20,6 +23,15 @@ def at_least_single(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """A context in which nothing is cast."""
-    return torch.autocast(device.type, enabled=False) if is_autocast_available(device.type) else nullcontext()
+@contextmanager
+def without_autocast(device: torch.device) -> Iterator[None]:
+    """A context in which nothing is cast.
+
+    NOTE. Not torch.autocast, which counts its contexts: interrupted, it would keep what it cast, and never renew it.
+    """
+    if autocast_dtype(device) is None:
+        yield
+        return
+    with finally_call(lambda: torch.set_autocast_enabled(device.type, True)):
+        torch.set_autocast_enabled(device.type, False)
+        yield

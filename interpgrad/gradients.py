@@ -2,9 +2,7 @@
 
 In stock PyTorch, for a network of ReLU modules without batch norm, both gradients are:
 
-    >>> import torch
-    >>> import torch.nn.functional as F
-    >>> from torch import nn
+    >>> import torch, torch.nn as nn, torch.nn.functional as F
     >>> def literal(model, x, y):
     ...     x, guiding = x.clone().requires_grad_(), False
     ...     def clamp(module, grad_output):
@@ -41,7 +39,7 @@ import torch
 from torch import Tensor, nn
 
 from interpgrad import frozen, graph
-from interpgrad.autocast import at_least_single
+from interpgrad.autocast import at_least_single, without_autocast
 from interpgrad.criteria import Criterion
 from interpgrad.double_backward import sync_batch_norm
 from interpgrad.forward import Forward, check_batch, forward_without_trace
@@ -130,7 +128,7 @@ def backward_passes(
         graph.refuse_sync_batch_norm(operations)
     network = frozen.RecordedGraph(operations, functools.partial(forward.inner_passes, create_graph=create_graph))
     with network.inner(), network.frozen_pass(logits) if freezes else nullcontext(logits) as output:
-        given = forward.x.detach(), y, output.detach(), v.detach()
+        given = forward.x.detach(), y, output.detach().clone(), v.detach().clone()
         verified = set() if verified is None else verified
         passes = Passes(*given, v, forward, network, output, settings, create_graph, verified)
         try:
@@ -144,7 +142,7 @@ class Passes:
     """What a target may be made of: the forward pass, and backward passes over its graph.
 
     Attributes:
-        x: the images, (N, C, H, W).
+        x: the images, (N, C, H, W): the user's own, not to be changed in place.
         y: the targets of this call, as they were given.
         logits: of the network, detached.
         v: the criterion's derivative at the logits, of their shape, detached.
@@ -166,7 +164,7 @@ class Passes:
 
     @property
     def delta(self) -> Tensor:  # noqa: D102
-        return self.attached_delta.detach()
+        return self.attached_delta.detach().clone()
 
     def gradient(self, v: Tensor | None = None, guided: bool = False) -> Tensor:
         """J^T v of the shape of x, detached: one backward pass.
@@ -185,7 +183,7 @@ class Passes:
             raise ValueError(
                 f"expected v to have the shape of the logits, {tuple(self.logits.shape)}, got {tuple(v.shape)}."
             )
-        v = self.v if v is None else v.detach()
+        v = self._v.detach() if v is None else v.detach()
         if not guided:
             return self._scaled(self._backward, v)
         graph.refuse_opaque(self._network.operations)
@@ -235,15 +233,18 @@ class Passes:
         Gradients inside the network underflow there. The largest one at the logits becomes about 2^8; a power of two,
         so nothing is rounded. Less where the network amplifies its gradients beyond what float16 holds.
         """
-        operations, output, image = self._network.operations, self._output, self._forward.image
-        if not (torch.float16 in (image.dtype, output.dtype) or graph.casts_to(torch.float16, operations)):
-            return backward(v)
-        v = at_least_single(v)
-        agreed = functools.partial(sync_batch_norm.smallest, operations)  # its sums are of all ranks
-        exponent = agreed((8 - v.detach().abs().max().log2().ceil()).clamp(-100, 100))
-        for _ in range(_ATTEMPTS):
-            gradient = backward(v * exponent.exp2())
-            if bool(agreed(gradient.isfinite().all().float())):
-                break
-            exponent = exponent - 6
-        return at_least_single(gradient) / exponent.exp2().to(gradient.device)
+        operations, image = self._network.operations, self._forward.image
+        half = torch.float16 in (image.dtype, self._output.dtype) or graph.casts_to(torch.float16, operations)
+        # A target may have switched either: delta is to be differentiated, and nothing is cast.
+        with torch.enable_grad(), without_autocast(image.device):
+            if not half:
+                return backward(v)
+            v = at_least_single(v)
+            agreed = functools.partial(sync_batch_norm.smallest, operations)  # its sums are of all ranks
+            exponent = agreed((8 - v.detach().abs().max().log2().ceil()).clamp(-100, 100))
+            for _ in range(_ATTEMPTS):
+                gradient = backward(v * exponent.exp2())
+                if bool(agreed(gradient.isfinite().all().float())):
+                    break
+                exponent = exponent - 6
+            return at_least_single(gradient) / exponent.exp2().to(gradient.device)

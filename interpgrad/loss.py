@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from interpgrad import private
 from interpgrad.autocast import at_least_single, without_autocast
 from interpgrad.criteria import Criterion
-from interpgrad.double_backward.engine import untraced
 from interpgrad.errors import ERRORS, MASKED, Error, cos
 from interpgrad.forward import Forward, Recorder, check_batch, forward_without_trace
 from interpgrad.gradients import backward_passes
@@ -41,7 +41,7 @@ class InterpretableGradientLoss(nn.Module):
     evidence lies, after Ross et al., "Right for the Right Reasons", arXiv 1703.03717.
 
     Args:
-        model: any module taking images first. It is held, not registered: `reg.parameters()` is empty of it.
+        model: any module taking images first. It is held, not registered: `reg.parameters()` does not include its own.
         error: "cos", "mae", "mse", "hi", "outside", which takes a mask (see `interpgrad.errors`), or a callable
             `(delta, target) -> (N,)`, to be minimized.
         lam: weight of the term; may be changed between steps. At 0 the value is still computed (for the
@@ -70,12 +70,11 @@ class InterpretableGradientLoss(nn.Module):
     Attributes:
         penalty: R of the last computed call: detached, not multiplied by lam; None before the first.
         cosine: mean cosine of delta and its target in that call, before `transform`, whatever the error; likewise
-            detached. None where the target is zero or a mask.
+            detached. None for `target="zero"` and `error="outside"`.
 
     The extra forward pass of a plain call gives back buffers, modes and random states. It cannot take back what a model
-    or its hooks write elsewhere (lists, counters, attributes, such as the auxiliary losses of a mixture of experts): a
-    shared forward pass is the user's own and has no such question. Threads that use one model here wait for each other,
-    but not for the model's own forward pass on another thread, which must not run at the same time.
+    or its hooks write elsewhere: lists, counters, attributes. With `shared_forward()` there is no extra pass. Threads
+    that use one model here wait for each other. The model's own forward pass must not run on another at the same time.
 
     >>> model = nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 3))
     >>> reg = InterpretableGradientLoss(model, error="cos", lam=7.5e-3)
@@ -114,6 +113,7 @@ class InterpretableGradientLoss(nn.Module):
         for name, calls in (("start", start), ("warmup", warmup)):
             if not isinstance(calls, int) or calls < 0:
                 raise ValueError(f"expected {name} to be a number of calls, an integer of at least 0, got {calls!r}.")
+        error = next((name for name, known in (ERRORS | MASKED).items() if known is error), error)
         check_target(target, error)
         Settings(criterion, batch_norm, activations)
         self.model = model
@@ -160,7 +160,7 @@ class InterpretableGradientLoss(nn.Module):
         }
         return cls(model, **advised | overrides)
 
-    @untraced
+    @private.untraced
     def forward(self, x: Tensor, y: Any, *model_args: Any, target: Tensor | None = None, **model_kwargs: Any) -> Tensor:
         """The term lam * R for images x (N, C, H, W) and targets y, a 0-dim tensor.
 

@@ -15,10 +15,10 @@ Functions below have those that are asked here. Elsewhere, where they belong to 
 | `_is_view` | on_views.py, rectifier.py, smooth.py | copies for all activations in place |
 | `_Loss` | criteria.py | a list of torch's losses |
 | `_orig_mod` | model.py | only modules compiled in place |
-| `_dynamo`, in sys.modules | engine.py, forward.py | `torch.compiler.disable`, which takes a second to import |
+| `_dynamo`, in sys.modules | forward.py | compiled parts are taken for given |
 
-All are in torch 2.8 to 2.14; tests/test_private.py holds that this list is whole. A wrong value never follows from one
-that goes, but an AttributeError, or what the function says.
+All are in torch 2.8 to 2.14; tests/test_private.py holds that this list is whole. If one is missing, there is an
+AttributeError or what is said here, never a wrong value.
 """
 
 from __future__ import annotations
@@ -131,8 +131,8 @@ def _level_of(gradient: Tensor) -> int:
     return next(level for level in range(63, 0, -1) if len(torch._remove_batch_dim(gradient, level, 0, 0)))
 
 
-def disable_dynamo(function: Callable[P, T]) -> Callable[P, T]:
-    """As torch.compiler.disable, which imports the compiler at once: `_disable_dynamo`."""
+def untraced(function: Callable[P, T]) -> Callable[P, T]:
+    """The function as torch.compile leaves it alone: `_disable_dynamo`. torch.compiler.disable imports the compiler."""
     disabled: Callable[P, T] = torch._disable_dynamo(function)  # type: ignore[attr-defined]
     return disabled
 

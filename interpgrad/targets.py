@@ -29,7 +29,7 @@ from interpgrad.transforms import low_pass
 Target = Callable[[Passes], Tensor]
 
 GIVEN = "given"
-_MADE: dict[str, Target] = {
+BUILT_IN: dict[str, Target] = {
     "guided": lambda passes: passes.gradient(guided=True),
     "low_pass": lambda passes: low_pass(at_least_single(passes.delta)),
     "zero": lambda passes: passes.x.new_zeros(()).expand_as(passes.x),
@@ -40,16 +40,16 @@ _NO_MASK = 'which is no mask: use target="given", and reg(x, y, target=mask) at 
 
 def check_target(target: Target | str, error: Any) -> None:
     """Raise a ValueError for an unknown target, or one that the error has no use for."""
-    if not callable(target) and not (isinstance(target, str) and target in (*_MADE, GIVEN)):
+    if not callable(target) and not (isinstance(target, str) and target in (*BUILT_IN, GIVEN)):
         raise ValueError(
-            f"expected target to be one of {', '.join(map(repr, (*_MADE, GIVEN)))} or a callable (passes) -> tensor, "
-            f"got {target!r}."
+            f"expected target to be one of {', '.join(map(repr, (*BUILT_IN, GIVEN)))} or a callable (passes) -> "
+            f"tensor, got {target!r}."
         )
     if target == "zero" and error in ("cos", "hi"):
         raise ValueError(
             f'expected an error that compares with 0, got error="{error}" for target="zero", {_NO_DIRECTION}'
         )
-    if error in MASKED and target in _MADE:
+    if error in MASKED and target in BUILT_IN:
         raise ValueError(f'expected a mask of relevant pixels for error="outside", got target="{target}", {_NO_MASK}')
 
 
@@ -71,12 +71,12 @@ def check_given(target: Target | str, given: Any, x: Tensor, error: Any) -> None
 def make_target(target: Target | str, given: Any, passes: Passes, error: Any, *, first: bool) -> Tensor:
     """The target of these passes, of delta's shape, or a mask as it was given.
 
-    Its values are looked at in the `first` call, and later if it is given on the CPU: looking waits for a GPU.
+    Its values are looked at in the `first` call, and on the CPU in every one: looking waits for a GPU.
     """
-    if isinstance(target, str) and target in _MADE:
-        return _MADE[target](passes)
+    if isinstance(target, str) and target in BUILT_IN:
+        return BUILT_IN[target](passes)
     made = _as_constant(given if target == GIVEN else target(passes), passes.x, error)  # type: ignore[operator]
-    if first or (target == GIVEN and made.device.type == "cpu"):
+    if first or made.device.type == "cpu":
         _refuse_values(made, error)
     if first and error in MASKED:
         zero = (mask_for(passes.x, made) == 0).expand_as(passes.x).flatten(1).all(1)
@@ -93,7 +93,7 @@ def _as_constant(target: Any, x: Tensor, error: Any) -> Tensor:
     if not isinstance(target, Tensor) or not (target.is_floating_point() or target.dtype == torch.bool):
         received = f"a tensor of {target.dtype}" if isinstance(target, Tensor) else type(target).__name__
         raise TypeError(
-            f"expected target to be a tensor, floating point or bool, got {received}: convert it, as t.float()."
+            f"expected target to be a tensor, floating point or bool, got {received}: use torch.as_tensor(t).float()."
         )
     if target.device != x.device:
         raise ValueError(f"expected target on {x.device}, as the images, got {target.device}: use t.to(x.device).")
@@ -101,6 +101,11 @@ def _as_constant(target: Any, x: Tensor, error: Any) -> Tensor:
     if error in MASKED:
         mask_for(x, constant)
         return constant
+    if constant.dim() == x.dim() - 1 > 1 and len(constant) == len(x) == x.shape[1] > 1:
+        raise ValueError(
+            f"expected target to say what its first dimension is, got {tuple(constant.shape)} where N equals C: use "
+            "(N, 1, H, W) for a map for each image, (1, C, H, W) for one for all."
+        )
     try:
         return constant.expand_as(x)
     except RuntimeError:

@@ -71,6 +71,12 @@ def faithful(model, x, y):
 CALLS = [plain, shared, both, fast, smoothed, maps, faithful]
 
 
+def contexts_of_autocast():
+    """That torch counts: at one too many it never casts weights anew."""
+    torch.autocast_increment_nesting()
+    return torch.autocast_decrement_nesting()
+
+
 def outside(model):
     """What is not the model's: modes and the attention kernels, by name."""
     return {
@@ -79,6 +85,7 @@ def outside(model):
         ("mem_efficient", torch.backends.cuda.mem_efficient_sdp_enabled()),
         ("math", torch.backends.cuda.math_sdp_enabled()),
         ("gradients", torch.is_grad_enabled()),
+        ("contexts of autocast", contexts_of_autocast()),
         ("training", tuple(module.training for module in model.modules())),
         ("state", tuple(model.state_dict())),
     }

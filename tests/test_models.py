@@ -324,6 +324,8 @@ def test_two_regularizers_in_two_threads_do_not_see_each_other(device):
 
 ON_SLICES = {name: rectify for name, (rectify, _) in SPELLINGS.items() if "slice" in name or "view" in name}
 ON_SLICES |= {f"{smooth.__name__} on a slice": on_slice(smooth) for smooth in (F.elu_, F.selu_, F.celu_, torch.tanh_)}
+ON_SLICES |= {"F.hardsigmoid on a slice": on_slice(lambda view: F.hardsigmoid(view, True))}
+ON_SLICES |= {"F.silu on a slice": on_slice(lambda view: F.silu(view, True))}
 ON_SLICES |= {"F.elu on a slice": on_slice(lambda view: F.elu(view, 1.0, True))}
 ON_SLICES |= {"F.celu on a slice": on_slice(lambda view: F.celu(view, inplace=True))}
 ON_SLICES |= {"F.selu on a slice": on_slice(lambda view: F.selu(view, True))}

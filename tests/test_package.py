@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "graph": {"double_backward", "private"},
     "criteria": {"autocast", "graph", "model"},
     "transforms": set(),
-    "autocast": set(),
+    "autocast": {"cleanup"},
     "double_backward": {"autocast", "cleanup", "private"},
     "guided": {"graph"},
     "frozen": {"double_backward", "graph"},
@@ -47,7 +47,7 @@ MAY_IMPORT = {
     },
     "targets": {"autocast", "errors", "gradients", "transforms"},
     "loss": {
-        *("autocast", "criteria", "double_backward", "errors", "forward", "gradients", "model", "settings"),
+        *("autocast", "criteria", "errors", "forward", "gradients", "model", "private", "settings"),
         *("targets", "transforms"),
     },
     "report": {

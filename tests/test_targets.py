@@ -17,7 +17,7 @@ from test_frozen import assert_same_gradients, gradients_of
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from interpgrad import InterpretableGradientLoss, input_gradients, low_pass
+from interpgrad import InterpretableGradientLoss, errors, input_gradients, low_pass
 from interpgrad.double_backward import rectifier
 
 MASK = torch.arange(3 * 64).view(3, 1, 8, 8) % 3 == 0
@@ -374,8 +374,14 @@ BAD = {
     "missing": ({}, None, TypeError, 'got none for a loss with target="given": reg'),
     "not asked for": ({"target": "guided"}, MAP, TypeError, "got Tensor for a loss with target='guided'"),
     "no tensor": ({}, [0.5], TypeError, "floating point or bool, got list"),
-    "integers": ({}, MAP.int(), TypeError, r"got a tensor of torch.int32: convert it, as t.float\(\)"),
+    "integers": (
+        {},
+        MAP.int(),
+        TypeError,
+        r"got a tensor of torch.int32: use torch.as_tensor\(t\).float\(\)",
+    ),
     "shape": ({}, MAP[None].repeat(5, 1, 1), ValueError, r"\(3, 3, 8, 8\), or one that broadcasts to it, got \(5, 8"),
+    "as many images as channels": ({}, MAP.repeat(3, 1, 1), ValueError, "what its first dimension is, got .3, 8, 8."),
     "device": ({}, MAP.to("meta"), ValueError, r"as the images, got meta: use t.to\(x.device\)"),
     "NaN": ({}, MAP / 0, ValueError, "expected a finite target, got NaN or infinity"),
     "of a callable": ({"target": lambda passes: 3}, None, TypeError, "floating point or bool, got int"),
@@ -537,6 +543,47 @@ def test_bad_calls_are_refused_at_skipped_steps():
     reg(x, y, target=MAP.to(x.device))
     with pytest.raises(TypeError, match="expected a target at this call"):
         reg(x, y)
+
+
+@pytest.mark.parametrize("name", ["batch norm", "float16"])
+def test_what_a_callable_switches_off_is_not_off_for_delta(name):
+    """And what it changes in place is a copy."""
+    model, (x, y) = small_net().float(), data(n=4)
+    model[2], x = nn.SiLU(), x.float()
+
+    def inside(passes):
+        changed = passes.delta.clamp_(min=0)
+        for each in (passes.v, passes.logits):
+            each.zero_()
+        return changed
+
+    def switched(passes):
+        with torch.no_grad(), autocast(torch.bfloat16):
+            return inside(passes)
+
+    gradients = []
+    for target in (switched, lambda passes: passes.delta.clamp(min=0)):
+        with autocast(torch.float16) if name == "float16" else torch.enable_grad():
+            term = InterpretableGradientLoss(copy.deepcopy(model), lam=1.0, target=target)
+            value = term(x, y)
+        gradients.append([value.detach(), *gradients_of(value, term.model)])
+    for ours, expected in zip(*gradients, strict=True):
+        assert torch.equal(ours, expected)
+    assert any(gradient.any() for gradient in gradients[0][1:])
+
+
+def test_known_errors_may_be_given_as_functions():
+    mask = MASK.clone()
+    for error in (errors.outside, errors.mse):
+        by_name, by_function = (
+            InterpretableGradientLoss(small_net(), each, target="given", transform=low_pass)
+            for each in (error.__name__, error)
+        )
+        x, y = data()
+        given = {"target": mask.to(x.device) if error is errors.outside else MAP.to(x.device)}
+        assert torch.equal(by_name(x, y, **given), by_function(x, y, **given))
+    with pytest.raises(ValueError, match="which has no direction"):
+        InterpretableGradientLoss(small_net(), errors.cos, target="zero")
 
 
 def test_a_callable_with_settings_of_its_own():

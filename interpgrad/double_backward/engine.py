@@ -5,19 +5,14 @@ Which gradients somebody will use, and in whose backward pass it runs.
 
 from __future__ import annotations
 
-import functools
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from interpgrad import private
-
-P = ParamSpec("P")
-T = TypeVar("T")
 
 
 def tensors_of(*inputs: Any) -> tuple[bool, ...]:
@@ -79,18 +74,6 @@ def apply_each(function: Any, g: Tensor, *others: Any) -> Any:
     return tuple(None if parts[0] is None else private.batched(parts, g) for parts in zip(*results, strict=True))
 
 
-def untraced(function: Callable[P, T]) -> Callable[P, T]:
-    """A decorator: torch.compile leaves the function alone."""
-    disabled = private.disable_dynamo(function)
-
-    @functools.wraps(function)
-    def call(*args: P.args, **kwargs: P.kwargs) -> T:
-        compiles = "torch._dynamo" in sys.modules  # which takes a second to import: not before somebody compiles
-        return disabled(*args, **kwargs) if compiles else function(*args, **kwargs)
-
-    return call
-
-
 class Function(torch.autograd.Function):
     """An autograd Function whose backward pass torch.compile does not trace.
 
@@ -105,7 +88,7 @@ class Function(torch.autograd.Function):
 
     def __init_subclass__(cls) -> None:
         cls.operation = cls.operation or f"{cls.__module__}.{cls.__qualname__}"
-        cls.backward = staticmethod(untraced(cls.backward))  # type: ignore[method-assign]
+        cls.backward = staticmethod(private.untraced(cls.backward))  # type: ignore[method-assign]
 
 
 class Root(Function):

@@ -114,12 +114,13 @@ def _gelu(input: Tensor, approximate: str = "none") -> Any:
 
 def _silu(input: Tensor, inplace: bool = False) -> Any:
     if inplace:
-        return by_copy(F.silu, input) if input._is_view() else Silu.apply(input.clone(), input)
+        return by_copy(Silu.apply, input, None) if input._is_view() else Silu.apply(input.clone(), input)
     return Silu.apply(input, None)
 
 
 def _hardsigmoid(input: Tensor, inplace: bool = False) -> Any:
-    return by_copy(F.hardsigmoid, input) if inplace and input._is_view() else Hardsigmoid.apply(input, inplace)
+    on_view = inplace and input._is_view()
+    return by_copy(Hardsigmoid.apply, input, False) if on_view else Hardsigmoid.apply(input, inplace)
 
 
 REPLACEMENTS = {F.gelu: _gelu, F.silu: _silu, F.hardsigmoid: _hardsigmoid}
