@@ -191,7 +191,7 @@ class InterpretableGradientLoss(nn.Module):
             delta, t = at_least_single(delta), at_least_single(t)
             with without_autocast(x.device):
                 penalty = self._errors(delta, t).mean()
-                directions = self.target != "zero" and self.error not in MASKED
+                directions = self.target != "zero" and self.error != "outside"
                 cosine = 1 - cos(delta.detach(), t).mean() if directions else None
 
         self.penalty, self.cosine = penalty.detach(), cosine
@@ -221,7 +221,7 @@ class InterpretableGradientLoss(nn.Module):
         error = (ERRORS | MASKED)[self.error] if isinstance(self.error, str) else self.error
         if self.transform is not None:
             delta = self.transform(delta)
-            target = target if self.error in MASKED else self.transform(target)  # a mask is no gradient
+            target = target if self.error == "outside" else self.transform(target)  # a mask is no gradient
         value = error(delta, target)
         if not isinstance(value, Tensor) or value.shape != (samples,):
             received = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__

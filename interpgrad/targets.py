@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from interpgrad.autocast import at_least_single
-from interpgrad.errors import MASKED, mask_for
+from interpgrad.errors import mask_for
 from interpgrad.gradients import Passes
 from interpgrad.transforms import low_pass
 
@@ -49,7 +49,7 @@ def check_target(target: Target | str, error: Any) -> None:
         raise ValueError(
             f'expected an error that compares with 0, got error="{error}" for target="zero", {_NO_DIRECTION}'
         )
-    if error in MASKED and target in BUILT_IN:
+    if error == "outside" and isinstance(target, str) and target in BUILT_IN:
         raise ValueError(f'expected a mask of relevant pixels for error="outside", got target="{target}", {_NO_MASK}')
 
 
@@ -78,7 +78,7 @@ def make_target(target: Target | str, given: Any, passes: Passes, error: Any, *,
     made = _as_constant(given if target == GIVEN else target(passes), passes.x, error)  # type: ignore[operator]
     if first or made.device.type == "cpu":
         _refuse_values(made, error)
-    if first and error in MASKED:
+    if first and error == "outside":
         zero = (mask_for(passes.x, made) == 0).expand_as(passes.x).flatten(1).all(1)
         if zero.any():
             warnings.warn(
@@ -98,7 +98,7 @@ def _as_constant(target: Any, x: Tensor, error: Any) -> Tensor:
     if target.device != x.device:
         raise ValueError(f"expected target on {x.device}, as the images, got {target.device}: use t.to(x.device).")
     constant: Tensor = target.detach().to(at_least_single(x[:0]).dtype)
-    if error in MASKED:
+    if error == "outside":
         mask_for(x, constant)
         return constant
     if constant.dim() == x.dim() - 1 > 1 and len(constant) == len(x) == x.shape[1] > 1:
@@ -119,5 +119,5 @@ def _refuse_values(target: Tensor, error: Any) -> None:
     if not target.isfinite().all():
         raise ValueError("expected a finite target, got NaN or infinity: look at how it was made.")
     low, high = (float(end) for end in target.aminmax())
-    if error in MASKED and (low < 0 or high > 1):
+    if error == "outside" and (low < 0 or high > 1):
         raise ValueError(f"expected a mask in [0, 1], got values from {low:g} to {high:g}: divide it by its largest.")

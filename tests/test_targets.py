@@ -586,6 +586,21 @@ def test_known_errors_may_be_given_as_functions():
         InterpretableGradientLoss(small_net(), errors.cos, target="zero")
 
 
+class Unhashable:
+    """As a dataclass with a method of this name is."""
+
+    __hash__ = None
+
+    def __call__(self, first, second=None):
+        return _wide(first, 3) if second is None else (first - second).flatten(1).norm(dim=1)
+
+
+def test_callables_without_a_hash():
+    assert InterpretableGradientLoss(small_net(), Unhashable(), target=Unhashable())(*data()).isfinite()
+    with pytest.raises(ValueError, match="a mask"):
+        InterpretableGradientLoss(small_net(), "outside", target=Unhashable())(*data())
+
+
 def test_a_callable_with_settings_of_its_own():
     wide = InterpretableGradientLoss(small_net(), target=functools.partial(_wide, size=5))
     assert wide(*data()).isfinite()

@@ -79,12 +79,9 @@ class Function(torch.autograd.Function):
 
     NOTE. Inside a compiled training step the compiler follows `loss.backward()` into the backward passes. What they
     ask the engine, which pass this is and what it needs, would become constants.
-
-    Attributes:
-        operation: the native node that it stands for, such as "Relu", by which the graph is read; else its own name.
     """
 
-    operation = ""
+    operation = ""  # the native node that it stands for, such as "Relu", by which the graph is read; else its own name
 
     def __init_subclass__(cls) -> None:
         cls.operation = cls.operation or f"{cls.__module__}.{cls.__qualname__}"
