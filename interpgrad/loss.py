@@ -22,7 +22,7 @@ from interpgrad.transforms import low_pass
 
 
 class InterpretableGradientLoss(nn.Module):
-    """lam * R, where R is the mean error between the input gradient and its target.
+    """lam * R, where R is the mean of E(delta, t) over the batch: delta is the input gradient, t its target.
 
     Drop-in, with a forward pass of its own that leaves no trace::
 
@@ -186,11 +186,11 @@ class InterpretableGradientLoss(nn.Module):
             settings = Settings(self.criterion, self.batch_norm, self.activations)
             differentiable = training and weight != 0
             with backward_passes(forward, y, settings, create_graph=differentiable, verified=self._verified) as passes:
-                t = make_target(self.target, target, passes, self.error, first=self.penalty is None)
-                delta = passes.attached_delta
+                t = make_target(self.target, target, passes, self.error, first=self.penalty is None)  # a constant
+                delta = passes.attached_delta  # J^T v, on a graph: one backward pass with create_graph
             delta, t = at_least_single(delta), at_least_single(t)
             with without_autocast(x.device):
-                penalty = self._errors(delta, t).mean()
+                penalty = self._errors(delta, t).mean()  # R
                 directions = self.target != "zero" and self.error != "outside"
                 cosine = 1 - cos(delta.detach(), t).mean() if directions else None
 
