@@ -379,23 +379,21 @@ def targets_cuda(stored: dict[str, Any]) -> str:
     )
 
 
-def _mean_and_deviation(rows: list[dict[str, float]], column: str) -> str:
-    values = [row[column] for row in rows]
-    return f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}"
-
-
 def right_reasons(stored: dict[str, Any]) -> str:
     """All contenders and figures."""
     columns = [each for each in stored["rows"]["without"][0] if each != "time, ratio"]  # other programs ran
-    lines = [[name, *(_mean_and_deviation(rows, each) for each in columns)] for name, rows in stored["rows"].items()]
-    return markdown_table(["", *columns], lines)
+    return _right_reasons(stored["rows"], columns)
 
 
 def right_reasons_in_short(stored: dict[str, Any]) -> str:
     """What decides."""
     columns = ["accuracy, decoy lies", "δ on decoy"]
     chosen = ["without", "loss", "noise", "no decoy in training"]
-    lines = [[name, *(_mean_and_deviation(stored["rows"][name], each) for each in columns)] for name in chosen]
+    return _right_reasons({name: stored["rows"][name] for name in chosen}, columns)
+
+
+def _right_reasons(rows: dict[str, list[dict[str, float]]], columns: list[str]) -> str:
+    lines = [[name, *(_over_seeds(seed[each] for seed in seeds) for each in columns)] for name, seeds in rows.items()]
     return markdown_table(["", *columns], lines)
 
 

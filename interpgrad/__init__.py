@@ -1,6 +1,6 @@
 """Train image classifiers with a term on their input gradient: guided gradients, masks, maps, norms.
 
-The defaults of `InterpretableGradientLoss` are the paper's. For a training of your own begin with the recipe::
+For a training of your own begin with the recipe, whose settings are not the defaults::
 
     reg = interpgrad.InterpretableGradientLoss.recipe(model, steps=epochs * len(loader))
 """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 
 @contextmanager
@@ -20,3 +21,11 @@ def finally_call(restore: Callable[[], object]) -> Iterator[None]:
         except BaseException:
             restore()
             raise
+
+
+@contextmanager
+def removed_hooks() -> Iterator[list[Any]]:
+    """A list for the handles of hooks, which are removed on the way out."""
+    handles: list[Any] = []
+    with finally_call(lambda: [handle.remove() for handle in handles]):
+        yield handles

@@ -128,4 +128,4 @@ def _largest(gradient: Tensor) -> Tensor:
 
 
 ERRORS: dict[str, Error] = {"cos": cos, "mae": mae, "mse": mse, "hi": hi}  # of two gradients
-MASKED: dict[str, Error] = {"outside": outside}  # of a gradient and a mask
+NAMED: dict[str, Error] = ERRORS | {"outside": outside}  # and of a gradient and a mask

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from interpgrad.autocast import without_autocast
-from interpgrad.cleanup import finally_call
+from interpgrad.cleanup import finally_call, removed_hooks
 from interpgrad.double_backward import fast_double_backward
 from interpgrad.double_backward.engine import Root
 from interpgrad.double_backward.sync_batch_norm import replaced_sync_batch_norm
@@ -122,10 +122,9 @@ class Recorder:
                 "expected a module that runs eagerly inside shared_forward(), got one under torch.compile, whose graph "
                 "has no double backward: call the loss without shared_forward(); it runs the original module."
             )
-        handles: list[Any] = []
-        with finally_call(lambda: [handle.remove() for handle in handles]):
-            handles.append(module.register_forward_pre_hook(self._before, with_kwargs=True, prepend=True))
-            handles.append(module.register_forward_hook(self._after, always_call=True))
+        with removed_hooks() as hooks:
+            hooks.append(module.register_forward_pre_hook(self._before, with_kwargs=True, prepend=True))
+            hooks.append(module.register_forward_hook(self._after, always_call=True))
             with _recording(module, self._batch_norm) as self._mode:
                 yield
         if not self.finished:
@@ -271,11 +270,13 @@ def _own_buffers(module: nn.Module) -> Iterator[None]:
 
     NOTE. Not kept and copied back: a graph may have saved a buffer that the pass has changed in place.
     """
-    of_each = [part._buffers for part in module.modules()]
-    user, lent = object(), _Lent(of_each, [dict(each) for each in of_each], set())
+    user = object()
+    lent: _Lent | None = None
 
     def give_back() -> None:
         with _lending:
+            if lent is None:
+                return
             lent.users.discard(user)
             if lent.users:
                 return
@@ -287,7 +288,10 @@ def _own_buffers(module: nn.Module) -> Iterator[None]:
 
     with finally_call(give_back):
         with _lending:
-            lent = _lent.setdefault(module, lent)
+            lent = _lent.get(module)
+            if lent is None:
+                of_each = [part._buffers for part in module.modules()]
+                lent = _lent[module] = _Lent(of_each, [dict(each) for each in of_each], set())
             lent.users.add(user)
             if len(lent.users) == 1:
                 for each, clones in zip(lent.buffers, _clones(lent.own), strict=True):

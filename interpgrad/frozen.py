@@ -11,7 +11,7 @@ norm, where no function mode saw it, and keeping apart two flows that meet on on
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from interpgrad import graph
+from interpgrad.cleanup import removed_hooks
 from interpgrad.double_backward.batch_norm import BatchNorm, Scaling
 from interpgrad.double_backward.engine import Function, apply_each, frozen_pass, in_frozen_pass, needed
 from interpgrad.double_backward.sync_batch_norm import Standardized, SyncBatchNorm
@@ -41,10 +42,10 @@ class RecordedGraph(NamedTuple):
     @contextmanager
     def frozen_pass(self, output: Tensor) -> Iterator[Tensor]:
         """A copy of `output`: in backward passes that begin there, batch statistics are constants."""
-        with ExitStack() as hooks:
+        with removed_hooks() as hooks, frozen_pass(output) as copy:
             for node in _of(self.operations, _STOCK):
-                hooks.callback(node.register_hook(_Scaled(node)).remove)
-            yield hooks.enter_context(frozen_pass(output))
+                hooks.append(node.register_hook(_Scaled(node)))
+            yield copy
 
 
 class _Scaled:

@@ -104,12 +104,7 @@ def input_gradients(
 
 @contextmanager
 def backward_passes(
-    forward: Forward,
-    y: Any,
-    settings: Settings,
-    *,
-    create_graph: bool,
-    verified: set[frozenset[str]] | None = None,
+    forward: Forward, y: Any, settings: Settings, *, create_graph: bool, verified: set[frozenset[str]] | None = None
 ) -> Iterator[Passes]:
     """The backward passes over the graph of a forward pass, to be run while the context lasts.
 
@@ -195,6 +190,11 @@ class Passes:
         """Delta on its graph, if it is to be differentiated."""
         return self._scaled(self._differentiable, self._v) if self._create_graph else self.gradient()
 
+    @functools.cached_property
+    def _meets_float16(self) -> bool:
+        dtypes = (self._forward.image.dtype, self._output.dtype)
+        return torch.float16 in dtypes or graph.casts_to(torch.float16, self._network.operations)
+
     def _differentiable(self, v: Tensor) -> Tensor:
         """J^T v on a graph. Where that reaches batch norm in the forward pass, it is differentiated separately."""
         image, network = self._forward.image, self._network
@@ -233,14 +233,12 @@ class Passes:
         Gradients inside the network underflow there. The largest one at the logits becomes about 2^8; a power of two,
         so nothing is rounded. Less where the network amplifies its gradients beyond what float16 holds.
         """
-        operations, image = self._network.operations, self._forward.image
-        half = torch.float16 in (image.dtype, self._output.dtype) or graph.casts_to(torch.float16, operations)
         # A target may have switched either: delta is to be differentiated, and nothing is cast.
-        with torch.enable_grad(), without_autocast(image.device):
-            if not half:
+        with torch.enable_grad(), without_autocast(self._forward.image.device):
+            if not self._meets_float16:
                 return backward(v)
             v = at_least_single(v)
-            agreed = functools.partial(sync_batch_norm.smallest, operations)  # its sums are of all ranks
+            agreed = functools.partial(sync_batch_norm.smallest, self._network.operations)  # its sums are of all ranks
             exponent = agreed((8 - v.detach().abs().max().log2().ceil()).clamp(-100, 100))
             for _ in range(_ATTEMPTS):
                 gradient = backward(v * exponent.exp2())

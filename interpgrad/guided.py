@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
+from interpgrad.cleanup import removed_hooks
 from interpgrad.graph import Operations
 
 # Operations of autograd nodes. Hardtanh is also ReLU6, Elu also SELU; clamps and maxima count at 0 (`_is_activation`).
@@ -64,15 +65,11 @@ def guided_backward(graph: Operations, activations: str) -> Iterator[None]:
             f'expected activations of the family activations="relu" alone, got {", ".join(left)} beside them, which '
             'would be left unguided: pass activations="all".'
         )
-    clamp, handles = _Clamp(), []
-    try:
+    clamp = _Clamp()
+    with removed_hooks() as hooks:
         for node in guided:
-            handles.append(node.register_prehook(clamp))
+            hooks.append(node.register_prehook(clamp))
         yield
-    finally:
-        clamp.active = False  # in one instruction, whatever Ctrl-C leaves of the hooks
-        for handle in handles:
-            handle.remove()
     if not clamp.met:
         raise RuntimeError(_no_activation(graph, activations))
 
@@ -96,11 +93,9 @@ class _Clamp:
     """The hook: clamps the gradient from above. `met` says whether the backward pass did reach an activation."""
 
     def __init__(self) -> None:
-        self.active, self.met = True, False
+        self.met = False
 
-    def __call__(self, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...] | None:
-        if not self.active:
-            return None
+    def __call__(self, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
         self.met = True
         if any(
             gradient is not None and gradient.is_nested and gradient.layout == torch.strided for gradient in gradients

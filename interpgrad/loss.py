@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from interpgrad import private
 from interpgrad.autocast import at_least_single, without_autocast
 from interpgrad.criteria import Criterion
-from interpgrad.errors import ERRORS, MASKED, Error, cos
+from interpgrad.errors import ERRORS, NAMED, Error, cos
 from interpgrad.forward import Forward, Recorder, check_batch, forward_without_trace
 from interpgrad.gradients import backward_passes
 from interpgrad.model import exclusive_use
@@ -103,7 +103,7 @@ class InterpretableGradientLoss(nn.Module):
         super().__init__()
         if not isinstance(model, nn.Module):
             raise TypeError(f"expected model to be an nn.Module, got {type(model).__name__}: pass the module itself.")
-        if not callable(error) and not (isinstance(error, str) and error in ERRORS | MASKED):
+        if not callable(error) and not (isinstance(error, str) and error in NAMED):
             raise ValueError(
                 f"expected error to be one of {', '.join(map(repr, ERRORS))} or a callable (delta, target) -> (N,), or "
                 f"'outside', for a mask, got {error!r}."
@@ -113,7 +113,7 @@ class InterpretableGradientLoss(nn.Module):
         for name, calls in (("start", start), ("warmup", warmup)):
             if not isinstance(calls, int) or calls < 0:
                 raise ValueError(f"expected {name} to be a number of calls, an integer of at least 0, got {calls!r}.")
-        error = next((name for name, known in (ERRORS | MASKED).items() if known is error), error)
+        error = next((name for name, known in NAMED.items() if known is error), error)
         check_target(target, error)
         Settings(criterion, batch_norm, activations)
         self.model = model
@@ -151,13 +151,7 @@ class InterpretableGradientLoss(nn.Module):
                 f"expected steps to be the number of training steps, an integer of at least 1, got {steps!r}: "
                 "pass epochs * len(loader)."
             )
-        advised: dict[str, Any] = {
-            "lam": 0.3,
-            "every": 4,
-            "start": steps // 2,
-            "warmup": steps // 4,
-            "transform": low_pass,
-        }
+        advised = dict[str, Any](lam=0.3, every=4, start=steps // 2, warmup=steps // 4, transform=low_pass)
         return cls(model, **advised | overrides)
 
     @private.untraced
@@ -218,7 +212,7 @@ class InterpretableGradientLoss(nn.Module):
     def _errors(self, delta: Tensor, target: Tensor) -> Tensor:
         """The error of each sample, (N,)."""
         samples = len(delta)
-        error = (ERRORS | MASKED)[self.error] if isinstance(self.error, str) else self.error
+        error = NAMED[self.error] if isinstance(self.error, str) else self.error
         if self.transform is not None:
             delta = self.transform(delta)
             target = target if self.error == "outside" else self.transform(target)  # a mask is no gradient

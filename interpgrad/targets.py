@@ -31,7 +31,7 @@ Target = Callable[[Passes], Tensor]
 GIVEN = "given"
 BUILT_IN: dict[str, Target] = {
     "guided": lambda passes: passes.gradient(guided=True),
-    "low_pass": lambda passes: low_pass(at_least_single(passes.delta)),
+    "low_pass": lambda passes: low_pass(at_least_single(passes.attached_delta.detach())),
     "zero": lambda passes: passes.x.new_zeros(()).expand_as(passes.x),
 }
 _NO_DIRECTION = 'which has no direction: use "mse", the gradient penalty, or "mae".'
@@ -65,7 +65,7 @@ def check_given(target: Target | str, given: Any, x: Tensor, error: Any) -> None
             raise TypeError(
                 'expected a target at this call, got none for a loss with target="given": reg(x, y, target=t).'
             )
-        _as_constant(given, x, error)
+        _check(given, x, error)
 
 
 def make_target(target: Target | str, given: Any, passes: Passes, error: Any, *, first: bool) -> Tensor:
@@ -75,7 +75,11 @@ def make_target(target: Target | str, given: Any, passes: Passes, error: Any, *,
     """
     if isinstance(target, str) and target in BUILT_IN:
         return BUILT_IN[target](passes)
-    made = _as_constant(given if target == GIVEN else target(passes), passes.x, error)  # type: ignore[operator]
+    made: Tensor = given
+    if callable(target):  # what is given was checked before the forward pass
+        made = target(passes)
+        _check(made, passes.x, error)
+    made = made.detach().to(at_least_single(passes.x[:0]).dtype)
     if first or made.device.type == "cpu":
         _refuse_values(made, error)
     if first and error == "outside":
@@ -86,10 +90,10 @@ def make_target(target: Target | str, given: Any, passes: Passes, error: Any, *,
                 "images without annotation a mask of ones.",
                 stacklevel=2,
             )
-    return made
+    return made if error == "outside" else made.expand_as(passes.x)
 
 
-def _as_constant(target: Any, x: Tensor, error: Any) -> Tensor:
+def _check(target: Any, x: Tensor, error: Any) -> None:
     if not isinstance(target, Tensor) or not (target.is_floating_point() or target.dtype == torch.bool):
         received = f"a tensor of {target.dtype}" if isinstance(target, Tensor) else type(target).__name__
         raise TypeError(
@@ -97,17 +101,16 @@ def _as_constant(target: Any, x: Tensor, error: Any) -> Tensor:
         )
     if target.device != x.device:
         raise ValueError(f"expected target on {x.device}, as the images, got {target.device}: use t.to(x.device).")
-    constant: Tensor = target.detach().to(at_least_single(x[:0]).dtype)
     if error == "outside":
-        mask_for(x, constant)
-        return constant
-    if constant.dim() == x.dim() - 1 > 1 and len(constant) == len(x) == x.shape[1] > 1:
+        mask_for(x, target)
+        return
+    if target.dim() == x.dim() - 1 > 1 and len(target) == len(x) == x.shape[1] > 1:
         raise ValueError(
-            f"expected target to say what its first dimension is, got {tuple(constant.shape)} where N equals C: use "
+            f"expected target to say what its first dimension is, got {tuple(target.shape)} where N equals C: use "
             "(N, 1, H, W) for a map for each image, (1, C, H, W) for one for all."
         )
     try:
-        return constant.expand_as(x)
+        target.expand_as(x)
     except RuntimeError:
         raise ValueError(
             f"expected target to have the shape of the images, {tuple(x.shape)}, or one that broadcasts to it, got "
@@ -118,6 +121,6 @@ def _as_constant(target: Any, x: Tensor, error: Any) -> Tensor:
 def _refuse_values(target: Tensor, error: Any) -> None:
     if not target.isfinite().all():
         raise ValueError("expected a finite target, got NaN or infinity: look at how it was made.")
-    low, high = (float(end) for end in target.aminmax())
-    if error == "outside" and (low < 0 or high > 1):
+    if error == "outside" and (target.min() < 0 or target.max() > 1):
+        low, high = float(target.min()), float(target.max())
         raise ValueError(f"expected a mask in [0, 1], got values from {low:g} to {high:g}: divide it by its largest.")

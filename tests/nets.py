@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 # Torch's own: the streams of a CPU lack what FSDP2 asks of them, in torch 2.6.
 FSDP2_RUNS = hasattr(torch.cpu.Stream, "record_event")
@@ -24,6 +25,28 @@ def data(n=3, size=8, classes=4, seed=0):
     generator = seeded(seed)
     x = torch.randn(n, 3, size, size, dtype=torch.float64, generator=generator)
     return x, torch.randint(classes, (n,), generator=generator)
+
+
+class Apply(nn.Module):
+    """A function as a layer."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+class Checkpointed(nn.Module):
+    """The whole model recomputed in the backward pass."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return checkpoint(self.model, x, use_reentrant=False)
 
 
 def small_net(seed=0, classes=4, inplace=False):

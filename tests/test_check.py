@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from flops import count_flops
-from nets import data, small_net
-from test_messages import Apply, OnceDifferentiable, net_with, raises
+from nets import Apply, data, small_net
+from test_messages import OnceDifferentiable, net_with, raises
 from test_no_trace import FAILURES, failing, stateful_net
 from torch import nn
 from torch.autograd import Function

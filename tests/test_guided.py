@@ -7,22 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from architectures import ARCHITECTURES, architecture
-from nets import SMOOTH, SPELLINGS, HidingPlaces, Rectified, data, small_net
+from nets import SMOOTH, SPELLINGS, Apply, HidingPlaces, Rectified, data, small_net
 from oracle import deterministic, oracle_gradients, relative_difference
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from interpgrad import input_gradients
-
-
-class Apply(nn.Module):
-    def __init__(self, function):
-        super().__init__()
-        self.function = function
-
-    def forward(self, h):
-        return self.function(h)
-
 
 PAPER = {"criterion": "cross_entropy", "batch_norm": "coupled"}
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from nets import data, small_net
+from nets import Apply, data, small_net
 from torch import nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
@@ -29,15 +29,6 @@ def net_with(middle):
 
 
 CUSTOM = torch.library.Library("interpgrad_tests", "FRAGMENT")  # held: some releases still look for what was in one
-
-
-class Apply(nn.Module):
-    def __init__(self, function):
-        super().__init__()
-        self.function = function
-
-    def forward(self, x):
-        return self.function(x)
 
 
 def test_unknown_names_and_settings():

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from nets import data, small_net
+from nets import Checkpointed, data, small_net
 from torch import nn
 from torch.utils import checkpoint as checkpointing
 from torch.utils.checkpoint import checkpoint
@@ -53,15 +53,6 @@ def test_casts():
     assert private.casts_to(node, torch.float16)
     assert not private.casts_to(node, torch.bfloat16)
     assert private.inputs_of(node) == 1
-
-
-class Checkpointed(nn.Module):
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, x):
-        return checkpoint(self.model, x, use_reentrant=False)
 
 
 def test_checkpoints():

@@ -11,11 +11,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from flops import count_flops
-from nets import autocast, data, small_net
+from nets import Checkpointed, autocast, data, small_net
 from oracle import oracle_gradients, relative_difference
 from test_frozen import assert_same_gradients, gradients_of
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from interpgrad import InterpretableGradientLoss, errors, input_gradients, low_pass
 from interpgrad.double_backward import rectifier
@@ -40,13 +39,10 @@ TARGETS = {
 MAP = torch.linspace(-1, 1, 64).view(8, 8).sin()
 
 
-def given(name):
+def given(name, x):
     """What the call takes beside x and y."""
-    return {"given": {"target": MAP}, "mask": {"target": MASK}}.get(name, {})
-
-
-def same_device(name, x):
-    return {key: value.to(x.device) for key, value in given(name).items()}
+    target = {"given": MAP, "mask": MASK}.get(name)
+    return {} if target is None else {"target": target.to(x.device)}
 
 
 def loss_of(model, name, x, y, shared=False, logits=None, **settings):
@@ -57,7 +53,7 @@ def loss_of(model, name, x, y, shared=False, logits=None, **settings):
             logits = model(x)
     else:
         logits = model(x)
-    return F.cross_entropy(logits, y) + reg(x, y, **same_device(name, x))
+    return F.cross_entropy(logits, y) + reg(x, y, **given(name, x))
 
 
 @pytest.mark.parametrize("shared", [False, True], ids=["plain", "shared"])
@@ -87,7 +83,7 @@ def test_the_literal_reference(name, shared):
     if shared:
         with reg.shared_forward():
             model(x)
-    value = reg(x, y, **same_device(name, x))
+    value = reg(x, y, **given(name, x))
     torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-15)
     assert_same_gradients(gradients_of(value, model), gradients_of(expected, reference))
 
@@ -184,15 +180,6 @@ def test_a_network_without_rectifiers(name):
         loss_of(model, "guided", *data())
 
 
-class Checkpointed(nn.Module):
-    def __init__(self, net):
-        super().__init__()
-        self.net = net
-
-    def forward(self, x):
-        return checkpoint(self.net, x, use_reentrant=False)
-
-
 @pytest.mark.parametrize("shared", [False, True], ids=["plain", "shared"])
 @pytest.mark.parametrize("name", TARGETS)
 def test_checkpointing(name, shared):
@@ -217,7 +204,7 @@ def test_autocast(name, dtype):
     scale = 2.0**16 if name == "zero" else 1  # as torch.amp.GradScaler has it; the others are scale-free
     for enabled in (True, False):
         with autocast(dtype) if enabled else torch.enable_grad():
-            term = InterpretableGradientLoss(model, lam=1.0, **TARGETS[name])(x, y, **same_device(name, x))
+            term = InterpretableGradientLoss(model, lam=1.0, **TARGETS[name])(x, y, **given(name, x))
         assert term.dtype == torch.float32
         terms.append(term.detach())
         gradients.append(torch.cat([gradient.double().flatten() for gradient in gradients_of(scale * term, model)]))
@@ -229,7 +216,7 @@ def test_autocast(name, dtype):
 @pytest.mark.parametrize("name", TARGETS)
 def test_every_start_and_warmup(name):
     model, (x, y) = small_net().eval(), data()
-    settings, target = TARGETS[name], same_device(name, x)
+    settings, target = TARGETS[name], given(name, x)
     full = float(InterpretableGradientLoss(model, lam=1.0, **settings)(x, y, **target).detach())
     reg = InterpretableGradientLoss(model, lam=1.0, every=2, start=2, warmup=4, **settings)
     with torch.no_grad():
@@ -285,13 +272,11 @@ def test_two_terms_on_one_shared_forward(pair):
         logits = model(x)
     loss = F.cross_entropy(logits, y)
     for reg, name in zip((first, second), pair, strict=True):
-        loss = loss + reg(x, y, **same_device(name, x))
+        loss = loss + reg(x, y, **given(name, x))
     assert len(calls) == 1
     expected = F.cross_entropy(reference(x), y)
     for name in pair:
-        expected = expected + InterpretableGradientLoss(reference, lam=1.0, **TARGETS[name])(
-            x, y, **same_device(name, x)
-        )
+        expected = expected + InterpretableGradientLoss(reference, lam=1.0, **TARGETS[name])(x, y, **given(name, x))
     torch.testing.assert_close(loss, expected)
     assert_same_gradients(gradients_of(loss, model), gradients_of(expected, reference))
 
@@ -481,7 +466,7 @@ def test_logs(name):
     """The cosine where two directions are compared."""
     model, (x, y) = small_net(), data()
     reg = InterpretableGradientLoss(model, **TARGETS[name])
-    reg(x, y, **same_device(name, x))
+    reg(x, y, **given(name, x))
     assert set(reg.logs()) == {"penalty", "term"} | (set() if name in ("zero", "mask") else {"cosine"})
 
 

@@ -85,7 +85,7 @@ class _Backward(Function):
     @staticmethod
     def forward(ctx: Any, g: Tensor, x: Tensor, first: Any, second: Callable[[Tensor], Tensor] | None) -> Tensor:
         ctx.derivatives = first, second
-        ctx.save_for_backward(g, x)
+        ctx.save_for_backward(None if second is None else g, x)
         dx: Tensor = first(g, x)
         return dx
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules import _functions as torch_functions
 
 from interpgrad.autocast import at_least_single
+from interpgrad.cleanup import finally_call
 from interpgrad.double_backward.batch_norm import Scaling, channels, constant_backward
 from interpgrad.double_backward.engine import Function, apply_each, in_frozen_pass, needed
 
@@ -81,16 +82,18 @@ def replaced_sync_batch_norm(model: nn.Module, *, differentiable: bool) -> Itera
     """
     layers = [part for part in model.modules() if isinstance(part, nn.SyncBatchNorm) and _is_stock(part)]
     replaced = [(layer, vars(layer).get("forward")) for layer in layers]
-    for layer, outer in replaced:
-        if outer is None or differentiable:
-            vars(layer)["forward"] = functools.partial(_forward, layer, differentiable)
-    try:
-        yield
-    finally:
+
+    def restore() -> None:
         for layer, outer in replaced:
             vars(layer).pop("forward", None)
             if outer is not None:
                 vars(layer)["forward"] = outer
+
+    with finally_call(restore):
+        for layer, outer in replaced:
+            if outer is None or differentiable:
+                vars(layer)["forward"] = functools.partial(_forward, layer, differentiable)
+        yield
 
 
 def _is_stock(layer: nn.SyncBatchNorm) -> bool:
@@ -118,11 +121,8 @@ def _forward(layer: nn.SyncBatchNorm, differentiable: bool, x: Tensor) -> Tensor
 
 def smallest(operations: Mapping[str, Sequence[Any]], value: Tensor) -> Tensor:
     """The smallest of the ranks' values, of those whose sums in a backward pass over these nodes are common."""
-    nodes = [
-        node
-        for name in (_SumOverRanks.operation, SyncBatchNorm.operation, "SyncBatchNorm")
-        for node in operations.get(name, ())
-    ]
+    names = (_SumOverRanks.operation, SyncBatchNorm.operation, "SyncBatchNorm")
+    nodes = [node for name in names for node in operations.get(name, ())]
     groups = {node.group if hasattr(node, "group") else node.process_group for node in nodes}
     for group in groups:
         dist.all_reduce(value, dist.ReduceOp.MIN, group=group)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from interpgrad.cleanup import finally_call
+from interpgrad.cleanup import removed_hooks
 from interpgrad.model import class_logits, logits_of, unwrap
 
 Reshape = Callable[[Tensor], Tensor]
@@ -45,9 +45,8 @@ class Layer:
                 )
             return change(output)
 
-        handles: list[Any] = []
-        with finally_call(lambda: [handle.remove() for handle in handles]):
-            handles.append(self.module.register_forward_hook(hook))
+        with removed_hooks() as hooks:
+            hooks.append(self.module.register_forward_hook(hook))
             logits = class_logits(logits_of(self.model(x)))
         if not calls:
             raise RuntimeError(
