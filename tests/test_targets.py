@@ -342,6 +342,23 @@ def test_what_passes_offer():
         kept[0].gradient()
 
 
+@pytest.mark.parametrize("target", ["given", "callable"])
+def test_a_target_with_a_graph_is_a_constant(target):
+    """Of the model's own parameters, through which no gradient runs."""
+    model, (x, y) = small_net(), data()
+    gradients = []
+    for detached in (False, True):
+
+        def made(passes=None, detached=detached):
+            scaled = x.cos() * model[0].weight.sum()
+            return scaled.detach() if detached else scaled
+
+        reg = InterpretableGradientLoss(model, "mse", lam=1.0, target="given" if target == "given" else made)
+        gradients.append(gradients_of(reg(x, y, **{"target": made()} if target == "given" else {}), model))
+    for ours, expected in zip(*gradients, strict=True):
+        assert torch.equal(ours, expected)
+
+
 def test_delta_is_taken_once():
     model, (x, y) = small_net(), data()
     operations = []
