@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import scipy.ndimage
 import torch
 import torch.nn.functional as F
 from overhead import build, provenance
@@ -78,10 +79,9 @@ def large_gradients(model: nn.Module) -> Any:
 
 def rise_areas(model: nn.Module, x: Tensor, maps: Tensor, classes: Tensor) -> dict[str, Tensor]:
     """Insertion and deletion as RISE's evaluation computes them: one image, one step, one forward pass."""
-    protocol = metrics.PROTOCOLS["rise"]
-    line = torch.exp(-(torch.arange(-5.0, 6.0).square()) / (2 * protocol.sigma**2))
-    kernel = torch.outer(line, line)
-    kernel = (kernel / kernel.sum()).expand(3, 1, 11, 11)
+    point = np.zeros((11, 11))
+    point[5, 5] = 1
+    kernel = torch.from_numpy(scipy.ndimage.gaussian_filter(point, 5)).float().expand(3, 1, 11, 11)
     found: dict[str, list[float]] = {"INS": [], "DEL": []}
     pixels, step = x.shape[2] * x.shape[3], x.shape[3]
     for image, saliency_map, c in zip(x, maps, classes, strict=True):

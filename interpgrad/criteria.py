@@ -31,25 +31,29 @@ from interpgrad.model import class_logits
 Criterion = Callable[[Tensor, Any], Tensor]  # (logits, y) -> 0-dim
 Derivative = Callable[[Tensor, Any, bool], Tensor]  # (logits, y, create_graph) -> v
 
-_IGNORED = -100  # the default ignore_index of F.cross_entropy
+IGNORED = -100  # the default ignore_index of F.cross_entropy
 _MEANS = ("mean", "batchmean")
 
 
-def derivative_of(criterion: Criterion | str) -> Derivative:
+def derivative_of(criterion: Criterion | str, ignore_index: int) -> Derivative:
     """The derivative at the logits of the criterion with this name, or of a callable summed over the batch."""
     if isinstance(criterion, str) and criterion in _DERIVATIVES:
-        return functools.partial(_of_classes, _DERIVATIVES[criterion])
+        return functools.partial(_of_classes, _DERIVATIVES[criterion], ignore_index)
     if isinstance(criterion, (str, type)) or not callable(criterion):
         raise ValueError(
             f"expected criterion to be one of {', '.join(map(repr, _DERIVATIVES))} or a callable (logits, y) -> 0-dim, "
             f"got {criterion!r}."
         )
+    if ignore_index != IGNORED:
+        raise ValueError(
+            f"expected ignore_index for a criterion by name, got {ignore_index} for {criterion!r}: give it to that one."
+        )
     return functools.partial(_differentiated, _summed(criterion))
 
 
-def _of_classes(derivative: Derivative, logits: Tensor, y: Tensor, create_graph: bool) -> Tensor:
+def _of_classes(derivative: Derivative, ignore_index: int, logits: Tensor, y: Any, create_graph: bool) -> Tensor:
     """The derivative at the logits, also where there is one for each image and y is binary, or its probability."""
-    classes, y = class_logits(logits), _targets(logits, y)
+    classes, y = class_logits(logits), _targets(logits, y, ignore_index)
     try:
         if classes is logits:
             return derivative(logits, y, create_graph)
@@ -58,20 +62,20 @@ def _of_classes(derivative: Derivative, logits: Tensor, y: Tensor, create_graph:
         return ((of_both[:, 1] - of_both[:, 0]) / 2).view(logits.shape)
     except (IndexError, RuntimeError):
         if logits.device.type == "cpu":  # with CUDA all is lost by then
-            refuse_out_of_range(logits, y)
+            refuse_out_of_range(logits, y, ignore_index)
         raise
 
 
-def refuse_out_of_range(logits: Tensor, y: Any) -> None:
+def refuse_out_of_range(logits: Tensor, y: Any, ignore_index: int) -> None:
     """Raise a ValueError if there are no logits for some class indices. On a GPU this waits for the device."""
-    classes, y = class_logits(logits).shape[1], _targets(logits, y)
+    classes, y = class_logits(logits).shape[1], _targets(logits, y, ignore_index)
     if y.is_floating_point() or not y.numel():
         return
-    low, high = (int(end) for end in torch.where(y.long() == _IGNORED, 0, y.long()).aminmax())
+    low, high = (int(end) for end in torch.where(y.long() == IGNORED, 0, y.long()).aminmax())
     if low < 0 or high >= classes:
         raise ValueError(
-            f"expected class indices from 0 to {classes - 1}, or {_IGNORED} for images to ignore, got {low} to {high}: "
-            "compare the number of classes of the model with that of the dataset."
+            f"expected class indices from 0 to {classes - 1}, or {ignore_index} for images to ignore, got {low} to "
+            f"{high}: compare the number of classes of the model with that of the dataset."
         )
 
 
@@ -88,11 +92,16 @@ def _logit(logits: Tensor, y: Tensor, create_graph: bool) -> Tensor:  # noqa: AR
     return _distribution(logits, y)
 
 
-def _targets(logits: Tensor, target: Any) -> Tensor:
-    """Class indices or probabilities, of y as a tensor, list or array: (N,) also if (N, 1), or (N, C) if one-hot."""
+def _targets(logits: Tensor, target: Any, ignore_index: int) -> Tensor:
+    """Class indices or probabilities, of y as a tensor, list or array: (N,) also if (N, 1), or (N, C) if one-hot.
+
+    Those to ignore are then IGNORED.
+    """
     if target is None or isinstance(target, (int, float, str)):
         raise TypeError(f"expected y to hold a target for each image, got {type(target).__name__}: pass a tensor (N,).")
     y: Tensor = torch.as_tensor(target, device=logits.device)
+    if ignore_index != IGNORED and not y.is_floating_point():
+        y = torch.where(y == ignore_index, IGNORED, y.long())
     if y.is_floating_point() or logits.dim() < 2 or logits.shape[1] == 1:
         return y
     if y.shape == logits.shape:
@@ -111,7 +120,7 @@ def _distribution(logits: Tensor, y: Tensor) -> Tensor:
     if y.is_floating_point():
         return zeros + y.detach()
     y = y.long().unsqueeze(1)
-    return zeros.scatter(1, torch.where(y == _IGNORED, 0, y), (y != _IGNORED).to(zeros.dtype))
+    return zeros.scatter(1, torch.where(y == IGNORED, 0, y), (y != IGNORED).to(zeros.dtype))
 
 
 def _sum_of_others(share: Tensor) -> Tensor:
@@ -160,7 +169,7 @@ def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
     if y.is_floating_point() or logits.dim() != 2 or logits.shape[1] == 1:
         return F.cross_entropy(logits, y, reduction="sum")
     y = y.long()
-    kept = y != _IGNORED
+    kept = y != IGNORED
     target = torch.where(kept, y, 0)[:, None]
     finite = logits.clamp(min=torch.finfo(logits.dtype).min / 2)  # a masked class has no gradient, not NaN
     margin = finite.scatter(1, target, -torch.inf).logsumexp(1) - finite.gather(1, target).squeeze(1)

@@ -15,13 +15,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
 
+from interpgrad import graph
 from interpgrad.autocast import without_autocast
 from interpgrad.cleanup import finally_call, removed_hooks
 from interpgrad.double_backward import fast_double_backward
 from interpgrad.double_backward.engine import Root
 from interpgrad.double_backward.sync_batch_norm import replaced_sync_batch_norm
-from interpgrad.model import logits_of, unwrap
+from interpgrad.model import call, logits_of, unwrap
 from interpgrad.private import is_compiled_in_place, is_compiled_wrapper
 from interpgrad.sharded import parameters_kept
 
@@ -58,7 +60,7 @@ class Forward(NamedTuple):
 
         Layers that run again count no batch twice. Nothing is cast: the user's autocast is for forward passes.
         """
-        buffers = _own_buffers(self.module) if self.recomputes else nullcontext()
+        buffers = _own_state(self.module) if self.recomputes else nullcontext()
         with buffers, parameters_kept(self.module, afterwards=create_graph), without_autocast(self.image.device):
             yield
 
@@ -91,7 +93,7 @@ def forward_without_trace(
         _recording(module, batch_norm, without_trace=True) as recording,
         _eager(),
     ):
-        output = module(model_input, *args, **(kwargs or {}))
+        output = call(module, model_input, args, kwargs)
         return Forward(x, image, root, output, module, recording.recomputes)
 
 
@@ -134,12 +136,13 @@ class Recorder:
             )
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Put a copy of the images, the first argument, on a graph."""
+        """Put a copy of the images, the first floating point argument, on a graph."""
         if threading.get_ident() != self._thread:
             return None
         self._calls.append(None)
-        name = None if args else _first_parameter(module, kwargs)
-        x = kwargs.get(name) if name else args[0] if args else None
+        given: dict[Any, Any] = dict(enumerate(args)) | _in_order_of_signature(module, kwargs)
+        key = next((key for key, value in given.items() if _is_floating_point(value)), next(iter(given), None))
+        x = given.get(key)
         root: Any = x.grad_fn if isinstance(x, Tensor) and isinstance(x.grad_fn, _ROOT) else None
         if len(self._calls) > 1 or not torch.is_grad_enabled() or (root and root.without_trace):
             return None  # not the call the user makes for this loss
@@ -150,7 +153,8 @@ class Recorder:
         x = check_images(x)
         image, model_input = _root_of_graph(x)
         self._calls[-1] = x, image, model_input.grad_fn
-        return (args, kwargs | {name: model_input}) if name else ((model_input, *args[1:]), kwargs)
+        given[key] = model_input
+        return tuple(given.pop(index) for index in range(len(args))), given
 
     def _after(self, module: nn.Module, _: Any, output: Any) -> None:
         """Called on the way out of every call, also of one that raised: its output is then None."""
@@ -230,30 +234,30 @@ def _root_of_graph(x: Tensor) -> tuple[Tensor, Tensor]:
     return image, model_input
 
 
-def _first_parameter(module: nn.Module, kwargs: Mapping[str, Any]) -> str | None:
-    """The name under which the images are passed: the first parameter of `forward`, or the first float tensor."""
-    first = next(iter(inspect.signature(unwrap(module).forward).parameters), "")
-    return first if first in kwargs else next((name for name in kwargs if _is_floating_point(kwargs[name])), None)
+def _in_order_of_signature(module: nn.Module, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    names = [name for name in inspect.signature(unwrap(module).forward).parameters if name in kwargs] if kwargs else []
+    return {name: kwargs[name] for name in names} | dict(kwargs)
 
 
 @contextmanager
 def _recording(module: nn.Module, batch_norm: str, *, without_trace: bool = False) -> Iterator[fast_double_backward]:
     """Operations that can be differentiated twice, also in the layers that backward passes run again."""
-    buffers = _own_buffers(module) if without_trace else nullcontext()
+    buffers = _own_state(module) if without_trace else nullcontext()
     with buffers, fast_double_backward() as mode:
         with replaced_sync_batch_norm(module, differentiable=batch_norm == "coupled"):
+            mode.refuse = graph.refuse_higher_order
             mode.recompute_in = functools.partial(_recording, module, batch_norm, without_trace=without_trace)
             yield mode
 
 
-Buffers = dict[str, "Tensor | None"]
+Space = dict[str, Any]
 
 
 class _Lent(NamedTuple):
-    """A module whose buffers are clones: the modules' dictionaries, what they held, and who is using it."""
+    """A module whose buffers are clones: the modules' attributes and buffers, what they held, and who is using it."""
 
-    buffers: list[Buffers]
-    own: list[Buffers]
+    spaces: list[Space]
+    own: list[Space]
     users: set[object]
 
 
@@ -262,11 +266,12 @@ _lending = threading.Lock()
 
 
 @contextmanager
-def _own_buffers(module: nn.Module) -> Iterator[None]:
-    """Lend the modules clones of their buffers, and give back their own, with what they hold.
+def _own_state(module: nn.Module) -> Iterator[None]:
+    """Lend the modules clones of their buffers, and give back their own, with what they hold, and their attributes.
 
-    By hand: torch.func.functional_call loses the buffers of a module that is reachable under two names. Layers that run
-    again in a backward pass, on whatever thread, find them lent, and the last to leave gives back.
+    Attributes as well: some say what a buffer holds, such as the image size of a table. By hand:
+    torch.func.functional_call loses the buffers of a module that is reachable under two names. Layers that run again in
+    a backward pass, on whatever thread, find them lent, and the last to leave gives back.
 
     NOTE. Not kept and copied back: a graph may have saved a buffer that the pass has changed in place.
     """
@@ -281,28 +286,25 @@ def _own_buffers(module: nn.Module) -> Iterator[None]:
             if lent.users:
                 return
             _lent.pop(module, None)
-            for each, own in zip(lent.buffers, lent.own, strict=True):
-                each.update(own)
-                for name in each.keys() - own.keys():
-                    del each[name]
+            for space, own in zip(lent.spaces, lent.own, strict=True):
+                for name in space.keys() - own.keys():
+                    del space[name]
+                space.update((name, value) for name, value in own.items() if space.get(name) is not value)
 
     with finally_call(give_back):
         with _lending:
             lent = _lent.get(module)
             if lent is None:
-                of_each = [part._buffers for part in module.modules()]
-                lent = _lent[module] = _Lent(of_each, [dict(each) for each in of_each], set())
+                spaces = [space for part in module.modules() for space in (vars(part), part._buffers)]
+                lent = _lent[module] = _Lent(spaces, [dict(space) for space in spaces], set())
             lent.users.add(user)
             if len(lent.users) == 1:
-                for each, clones in zip(lent.buffers, _clones(lent.own), strict=True):
-                    each.update(clones)
+                clones: dict[int, Tensor] = {}  # one for each buffer, however often it is reachable
+                for part in module.modules():
+                    for name, buffer in part._buffers.items():
+                        if buffer is not None:
+                            part._buffers[name] = clones.setdefault(id(buffer), buffer.clone())
         yield
-
-
-def _clones(own: list[Buffers]) -> list[Buffers]:
-    """Of all buffers, one for each, however often it is reachable."""
-    clones = {id(buffer): buffer.clone() for each in own for buffer in each.values() if buffer is not None}
-    return [{name: clones.get(id(buffer)) for name, buffer in each.items()} for each in own]
 
 
 @contextmanager
@@ -333,7 +335,7 @@ def is_compiled(module: nn.Module) -> bool:
 
 
 def _refuse_unusable(module: nn.Module) -> None:
-    """Refuse TorchScript, and what does not keep its parameters through several backward passes."""
+    """Refuse TorchScript, and what has no parameters yet or does not keep them through several backward passes."""
     sharded = sys.modules.get("torch.distributed.fsdp")  # as whoever shards has imported it
     for part in module.modules():
         if sharded and isinstance(part, sharded.FullyShardedDataParallel):
@@ -345,4 +347,9 @@ def _refuse_unusable(module: nn.Module) -> None:
             raise RuntimeError(
                 f"expected nn.Modules, got a TorchScript module ({part.original_name}), whose graph hides its "
                 "activations: use the nn.Module it was scripted from."
+            )
+        if isinstance(part, LazyModuleMixin) and part.has_uninitialized_params():
+            raise RuntimeError(
+                f"expected layers that have their parameters, got a {type(part).__name__} without: call the model once "
+                "first, model(x)."
             )

@@ -24,7 +24,8 @@ from interpgrad.double_backward.batch_norm import BatchNorm, Scaling
 from interpgrad.double_backward.engine import Function, apply_each, frozen_pass, in_frozen_pass, needed
 from interpgrad.double_backward.sync_batch_norm import Standardized, SyncBatchNorm
 
-_STOCK = ("NativeBatchNorm", "CudnnBatchNorm", "MiopenBatchNorm")
+_STOCK = ("NativeBatchNorm", "CudnnBatchNorm", "MiopenBatchNorm", "NativeBatchNormLegit", "BatchNormWithUpdate")
+_RUNNING = ("NativeBatchNormLegitNoTraining", "BatchNormNoUpdate")
 _OURS = (Standardized.operation, SyncBatchNorm.operation)  # and BatchNorm, where it is in training mode
 
 
@@ -55,7 +56,7 @@ class _Scaled:
         self.node = node
 
     def __call__(self, gradients: tuple[Tensor | None, ...], outer: tuple[Tensor, ...]) -> Any:
-        if gradients[0] is None or not (self.node._saved_training and in_frozen_pass()):
+        if gradients[0] is None or not (_in_training(self.node) and in_frozen_pass()):
             return None
         weight, invstd = self.node._saved_weight, self.node._saved_result2
         return apply_each(Scaling, outer[0], weight, invstd), *gradients[1:]
@@ -68,8 +69,13 @@ def batch_statistics(operations: graph.Operations) -> set[Node]:
     return {
         *_of(operations, _OURS),
         *(node for node in of_ours if node.freezable and node.kernel is not None),
-        *(node for node in of_stock if node._saved_training),
+        *(node for node in of_stock if _in_training(node)),
     }
+
+
+def _in_training(node: Any) -> bool:
+    """Of stock nodes that are without the attribute `training` it is the name."""
+    return getattr(node, "_saved_training", True)
 
 
 def statistics(operations: graph.Operations) -> tuple[set[Node], set[Node], set[Node]]:
@@ -77,7 +83,7 @@ def statistics(operations: graph.Operations) -> tuple[set[Node], set[Node], set[
     of_ours: Any = _of(operations, (BatchNorm.operation,))
     batch = batch_statistics(operations)
     sample = {node for node in of_ours if not node.freezable and node.kernel is not None}
-    return batch, {*_of(operations, _STOCK), *of_ours} - batch - sample, sample
+    return batch, {*_of(operations, _STOCK + _RUNNING), *of_ours} - batch - sample, sample
 
 
 def is_separate(gradient: Tensor, until: Tensor) -> bool:

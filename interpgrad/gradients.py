@@ -30,7 +30,7 @@ half precision, and an error where something cannot be differentiated twice.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -40,7 +40,7 @@ from torch import Tensor, nn
 
 from interpgrad import frozen, graph
 from interpgrad.autocast import at_least_single, without_autocast
-from interpgrad.criteria import Criterion
+from interpgrad.criteria import IGNORED, Criterion
 from interpgrad.double_backward import sync_batch_norm
 from interpgrad.forward import Forward, check_batch, forward_without_trace
 from interpgrad.guided import guided_backward
@@ -58,22 +58,26 @@ def input_gradients(
     criterion: Criterion | str = "log_prob",
     batch_norm: str = "frozen",
     activations: str = "all",
+    ignore_index: int = IGNORED,
     create_graph: bool = False,
+    model_kwargs: Mapping[str, Any] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The input gradient of a function of the logits, and the guided one, from one forward pass.
 
     The forward pass leaves no trace: buffers, `.grad`, modes, hooks and the random state are as before.
 
     Args:
-        model: any module taking `x` first; its output is the logits (N, C), an object with `.logits`, or a
-            tuple that begins with the logits. In training mode, batch norm uses the batch's statistics.
+        model: any module taking images; its output is the logits (N, C), an object with `.logits`, a dict with "logits"
+            or "out", or a tuple that begins with the logits. In training mode, batch norm uses the batch's statistics.
         x: images, floating point, (N, C, H, W) or any shape that begins with N.
         y: what `criterion` takes beside the logits: class indices (N,) or probabilities (N, C) for the
             built-in ones. None means the predicted class.
         criterion: as of `InterpretableGradientLoss`, and so are
         batch_norm: and
-        activations: which say whose gradient is taken, and how.
+        activations: and
+        ignore_index: which say whose gradient is taken, and how.
         create_graph: whether the first gradient can be differentiated again, in x and the parameters.
+        model_kwargs: further arguments of the model. The images are the first that these do not name.
 
     Returns:
         `(delta, guided)`, both of the shape of x. `guided` is always detached.
@@ -93,9 +97,9 @@ def input_gradients(
     (torch.Size([2, 3, 2, 2]), torch.Size([2, 3, 2, 2]))
     """
     check_batch(x, y)
-    settings = Settings(criterion, batch_norm, activations)
+    settings = Settings(criterion, batch_norm, activations, ignore_index)
     with exclusive_use(model), torch.enable_grad():
-        forward = forward_without_trace(model, x, batch_norm=batch_norm)
+        forward = forward_without_trace(model, x, (), model_kwargs, batch_norm=batch_norm)
         y = class_logits(forward.logits.detach()).argmax(1) if y is None else y
         with backward_passes(forward, y, settings, create_graph=create_graph) as passes:
             guided = passes.gradient(guided=True)
@@ -204,7 +208,7 @@ class Passes:
         delta = self._backward(leaf, create_graph=True)
         names = frozenset((*network.operations, *graph.operations(v, until=self._forward.logits)))
         if names not in self._verified:
-            graph.refuse_failing_double_backward(delta, until=image)
+            graph.refuse_failing_double_backward(delta, image, network.operations)
             self._verified.add(names)
         if not norms or (leaf is v and norms.isdisjoint(graph.nodes(delta, until=image))):
             return delta

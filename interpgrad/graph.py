@@ -25,13 +25,19 @@ _OPAQUE = {
     "ApplyTemplate": "a function under torch.compile hides its activations; call the loss without shared_forward(), "
     "which runs it eagerly (or compile after the training step)",
     "DifferentiableGraph": "a TorchScript graph hides its activations; use the nn.Module it was scripted from",
-    "CondAutogradOp": "torch.cond hides the activations of its branches; branch in Python instead",
     "CheckpointFunction": "reentrant activation checkpointing does not support torch.autograd.grad; "
     "use torch.utils.checkpoint.checkpoint(..., use_reentrant=False)",
     "_ToTorchTensor": _TENSOR_PARALLEL,
     "_FromTorchTensor": _TENSOR_PARALLEL,
     "Redistribute": _TENSOR_PARALLEL,
 }
+_WITHOUT_KERNEL = "WarnNotImplemented"
+# Placeholders, and operators of libraries, registered in C++ and in Python.
+_MAY_RAISE = (
+    *("torch::autograd::NotImplemented", "torch::autograd::Error"),
+    *("torch::autograd::CppNode<", "GeneratedBackwardFor_"),
+)
+_HIGHER_ORDER = "torch._higher_order_ops."  # cond, map, scan, while_loop, flex attention ...
 
 
 _ONCE_DIFFERENTIABLE = once_differentiable(lambda *_: None).__code__
@@ -96,6 +102,23 @@ def refuse_opaque(recorded: Operations) -> None:
     for name in recorded.keys() & _OPAQUE.keys():
         node = recorded[name][0].name()
         raise OpaqueGraphError(f"expected a graph of single operations, got a {node} node: {_OPAQUE[name]}.")
+    for each in recorded.values():
+        function = getattr(each[0], "_forward_cls", None)
+        if function and function.__module__.startswith(_HIGHER_ORDER):
+            raise _higher_order(function.__name__)
+
+
+def refuse_higher_order(operator: Any) -> None:
+    """Raise an OpaqueGraphError for a function that is called, if it is a higher-order operator that hides others."""
+    if private.is_higher_order(operator) and not private.under_a_transform():
+        raise _higher_order(operator.name())
+
+
+def _higher_order(name: str) -> OpaqueGraphError:
+    return OpaqueGraphError(
+        f"expected a graph of single operations, got the higher-order operator {name}, which hides the activations "
+        "inside: write it as loops and branches in Python, attention by F.scaled_dot_product_attention."
+    )
 
 
 def refuse_sync_batch_norm(recorded: Operations) -> None:
@@ -111,7 +134,7 @@ def refuse_sync_batch_norm(recorded: Operations) -> None:
 
 def refuse_once_differentiable(recorded: Operations) -> None:
     """Raise a RuntimeError naming the operation if the graph cannot be differentiated twice."""
-    if "WarnNotImplemented" in recorded:
+    if _WITHOUT_KERNEL in recorded:
         _refuse_double_backward("a custom operator", "it is registered without an autograd kernel")
     functions: set[Any] = {getattr(node, "_forward_cls", None) for each in recorded.values() for node in each}
     for function in functions:
@@ -124,13 +147,21 @@ def refuse_once_differentiable(recorded: Operations) -> None:
             backward = getattr(backward, "__wrapped__", None)
 
 
-def refuse_failing_double_backward(delta: Tensor, until: Tensor) -> None:
-    """Raise a RuntimeError naming the operation if the graph of the input gradient has a node that only raises."""
-    for node in nodes(delta, until):
-        if node.name().endswith(("::NotImplemented", "::Error")):
-            try:  # the node is a placeholder; called, it says which derivative is missing
-                node(*[torch.zeros(()) for _ in range(private.inputs_of(node))])  # type: ignore[operator]
-            except (RuntimeError, TypeError) as reason:
+def refuse_failing_double_backward(delta: Tensor, until: Tensor, recorded: Operations) -> None:
+    """Raise a RuntimeError naming the operation if the graph of the input gradient cannot be differentiated.
+
+    What backward passes are made of is not in the `recorded` graph of the forward pass. Nodes that may only raise say
+    so when they are called: placeholders, and operators of libraries.
+    """
+    for name, found in operations(delta, until).items():
+        if name == _WITHOUT_KERNEL:
+            _refuse_double_backward("a custom operator", "its backward calls one without an autograd kernel")
+        node = found[0]
+        if name not in recorded and node.name().startswith(_MAY_RAISE):
+            try:
+                run: Any = getattr(node, "apply", node)
+                run(*private.zeros_for(node))
+            except Exception as reason:
                 _refuse_double_backward(str(reason), "PyTorch has no such derivative")
 
 

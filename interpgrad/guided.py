@@ -22,14 +22,15 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from interpgrad.cleanup import removed_hooks
-from interpgrad.graph import Operations
+from interpgrad.graph import Operations, op_name
 
 # Operations of autograd nodes. Hardtanh is also ReLU6, Elu also SELU; clamps and maxima count at 0 (`_is_activation`).
 PIECEWISE_LINEAR = (
     *("Relu", "Threshold", "Hardtanh", "LeakyRelu", "PreluKernel", "RreluWithNoise", "ClampMin", "Clamp", "Maximum"),
 )
 SMOOTH = ("Gelu", "Silu", "Hardswish", "Elu", "Celu", "Mish", "Softplus")
-FAMILIES = {"relu": PIECEWISE_LINEAR, "all": PIECEWISE_LINEAR + SMOOTH}
+_BY_HAND = "x * sigmoid(a x)"  # SiLU, quick-GELU: the node of the product
+FAMILIES = {"relu": PIECEWISE_LINEAR, "all": (*PIECEWISE_LINEAR, *SMOOTH, _BY_HAND)}
 
 # Squashing functions serve as gates (squeeze-and-excitation) more often than as activations: never clamped,
 # but named when nothing else was met.
@@ -39,7 +40,8 @@ _OTHERS = ("Sigmoid", "Tanh", "Hardsigmoid", "LogSigmoid", "Softshrink", "Hardsh
 def guided_nodes(graph: Operations, activations: str) -> dict[str, list[Node]]:
     """The nodes at which a backward pass is guided, by operation."""
     nodes = {
-        name: [node for node in graph.get(name, ()) if _is_activation(name, node)] for name in FAMILIES[activations]
+        name: [node for node in graph.get("Mul" if name == _BY_HAND else name, ()) if _is_activation(name, node)]
+        for name in FAMILIES[activations]
     }
     return {name: each for name, each in nodes.items() if each}
 
@@ -47,7 +49,8 @@ def guided_nodes(graph: Operations, activations: str) -> dict[str, list[Node]]:
 def unguided(graph: Operations, activations: str) -> dict[str, int]:
     """How many activations and gates of each kind are not guided: of the other family, squashing, clamps not at 0."""
     guided = guided_nodes(graph, activations)
-    left = {name: len(graph.get(name, ())) - len(guided.get(name, ())) for name in (*FAMILIES["all"], *_OTHERS)}
+    met = guided | {"Sigmoid": guided.get(_BY_HAND, [])}
+    left = {name: len(graph.get(name, ())) - len(met.get(name, ())) for name in (*PIECEWISE_LINEAR, *SMOOTH, *_OTHERS)}
     return {name: count for name, count in left.items() if count}
 
 
@@ -59,7 +62,7 @@ def guided_backward(graph: Operations, activations: str) -> Iterator[None]:
     there are, beside those of the family "relu", others, which would not be guided.
     """
     guided = [node for nodes in guided_nodes(graph, activations).values() for node in nodes]
-    left = sorted(graph.keys() & set(SMOOTH)) if activations == "relu" else []
+    left = sorted(guided_nodes(graph, "all").keys() - {*PIECEWISE_LINEAR}) if activations == "relu" else []
     if left and guided:
         raise RuntimeError(
             f'expected activations of the family activations="relu" alone, got {", ".join(left)} beside them, which '
@@ -75,7 +78,10 @@ def guided_backward(graph: Operations, activations: str) -> Iterator[None]:
 
 
 def _is_activation(name: str, node: Node) -> bool:
-    """Whether a node of a family's name is one: clamps are, at 0."""
+    """Whether a node of a family's name is one: clamps are, at 0, and products by a gate of their own."""
+    if name == _BY_HAND:
+        first, *others = node.next_functions  # of a product with a number there is one
+        return any(_is_gate_of(each, first) or _is_gate_of(first, each) for each in others)
     if name in ("ClampMin", "Clamp"):
         return _is_zero(getattr(node, "_saved_min", None))
     if name == "Maximum":
@@ -83,6 +89,14 @@ def _is_activation(name: str, node: Node) -> bool:
         saved: Any = node
         return (of_other is None and _is_zero(saved._saved_other)) or (of_self is None and _is_zero(saved._saved_self))
     return True
+
+
+def _is_gate_of(gate: Any, x: Any) -> bool:
+    """Whether the gate is sigmoid(x), or sigmoid(a x): edges of the graph, both."""
+    if gate[0] is None or op_name(gate[0]) != "Sigmoid":
+        return False
+    (inner,) = gate[0].next_functions
+    return inner == x or (inner[0] is not None and op_name(inner[0]) == "Mul" and x in inner[0].next_functions)
 
 
 def _is_zero(value: float | Tensor | None) -> bool:

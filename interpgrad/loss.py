@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 
 from interpgrad import private
 from interpgrad.autocast import at_least_single, without_autocast
-from interpgrad.criteria import Criterion
+from interpgrad.criteria import IGNORED, Criterion
 from interpgrad.errors import ERRORS, NAMED, Error, cos
 from interpgrad.forward import Forward, Recorder, check_batch, forward_without_trace
 from interpgrad.gradients import backward_passes
@@ -59,11 +61,12 @@ class InterpretableGradientLoss(nn.Module):
             plain autograd has them in training mode; the gradients are then not those that
             inference sees. The same in evaluation mode.
         every: lazy regularization: computed at the first of every `every` calls and multiplied by `every`,
-            zero and free at the others.
+            zero and free at the others. Pass `step` where one step of the optimizer makes several calls.
         start: so many calls come before it, at which it is zero and free: a network that has learned something gains
             more from it, at a smaller price.
         warmup: then the weight grows linearly from 0 to lam over so many calls, those that `every` skips included.
         activations: "all", every rectifier, or "relu", the piecewise-linear family alone.
+        ignore_index: the class index of images, or pixels, that a criterion by name leaves out.
         transform: a differentiable callable applied to delta and its target before the error, for instance
             `interpgrad.low_pass`, or a sum over channels. A mask is left as it is.
 
@@ -72,8 +75,9 @@ class InterpretableGradientLoss(nn.Module):
         cosine: mean cosine of delta and its target in that call, before `transform`, whatever the error; likewise
             detached. None for `target="zero"` and `error="outside"`.
 
-    The extra forward pass of a plain call gives back buffers, modes and random states. It cannot take back what a model
-    or its hooks write elsewhere: lists, counters, attributes. With `shared_forward()` there is no extra pass. Threads
+    The extra forward pass of a plain call gives back the modules' buffers, attributes and modes, and random states. It
+    cannot take back what a model or its hooks write into lists and other objects. With `shared_forward()` there is no
+    extra pass. The modules' hooks run in inner passes, too. Threads
     that use one model here wait for each other. The model's own forward pass must not run on another at the same time.
 
     >>> model = nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 3))
@@ -98,6 +102,7 @@ class InterpretableGradientLoss(nn.Module):
         start: int = 0,
         warmup: int = 0,
         activations: str = "all",
+        ignore_index: int = IGNORED,
         transform: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__()
@@ -115,7 +120,7 @@ class InterpretableGradientLoss(nn.Module):
                 raise ValueError(f"expected {name} to be a number of calls, an integer of at least 0, got {calls!r}.")
         error = next((name for name, known in NAMED.items() if known is error), error)
         check_target(target, error)
-        Settings(criterion, batch_norm, activations)
+        Settings(criterion, batch_norm, activations, ignore_index)
         self.model = model
         self.error = error
         self.lam = lam
@@ -126,12 +131,14 @@ class InterpretableGradientLoss(nn.Module):
         self.start = start
         self.warmup = warmup
         self.activations = activations
+        self.ignore_index = ignore_index
         self.transform = transform
         self.penalty: Tensor | None = None
         self.cosine: Tensor | None = None
         self._step = 0
         self._term: Tensor | None = None
         self._recorder: Recorder | None = None
+        self._computed: tuple[weakref.ref[Tensor], int] | None = None  # the images of the last computed call
         self._verified: set[frozenset[str]] = set()
         self.register_load_state_dict_pre_hook(_keep_what_no_checkpoint_has)  # type: ignore[no-untyped-call]
 
@@ -155,13 +162,24 @@ class InterpretableGradientLoss(nn.Module):
         return cls(model, **advised | overrides)
 
     @private.untraced
-    def forward(self, x: Tensor, y: Any, *model_args: Any, target: Tensor | None = None, **model_kwargs: Any) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        y: Any,
+        *model_args: Any,
+        target: Tensor | None = None,
+        step: int | None = None,
+        **model_kwargs: Any,
+    ) -> Tensor:
         """The term lam * R for images x (N, C, H, W) and targets y, a 0-dim tensor.
 
         `target` is for a loss with `target="given"`: a tensor on the device of x, floating point or bool, of its shape
-        or one that broadcasts to it; for `error="outside"` a mask as `interpgrad.errors.outside` takes it. Further
-        arguments go to the model. After `shared_forward()`, x must be the tensor that was passed to the model there,
-        and its forward pass is used. Under `torch.no_grad()` the value is computed at every call and detached.
+        or one that broadcasts to it; for `error="outside"` a mask as `interpgrad.errors.outside` takes it. `step` is
+        the number of the optimizer's step, where that calls more than once (SAM, LBFGS): `every`, `start` and `warmup`
+        then count steps. Further arguments go to the model; the images are the first that these do not name.
+
+        After `shared_forward()`, x must be the tensor that was passed to the model there, and its forward pass is used.
+        Under `torch.no_grad()` the value is computed at every call and detached.
 
         Raises: as `interpgrad.input_gradients`. TypeError or ValueError for a target that is missing, not asked for, or
         wrong in shape, dtype, device or values; on a GPU the values are looked at in the first call only. RuntimeError
@@ -170,14 +188,16 @@ class InterpretableGradientLoss(nn.Module):
         check_batch(x, y)
         check_given(self.target, target, x, self.error)
         training = torch.is_grad_enabled()
+        self._count_from(step)
         if training and not self._is_due():
             self._step += 1
+            self._warn_of_the_same(x)
             return _zero(x)
         weight = self._weight() * (self.every if training else 1)
 
         with exclusive_use(self.model), torch.enable_grad():
             forward = self._forward_pass(x, model_args, model_kwargs, training)
-            settings = Settings(self.criterion, self.batch_norm, self.activations)
+            settings = Settings(self.criterion, self.batch_norm, self.activations, self.ignore_index)
             differentiable = training and weight != 0
             with backward_passes(forward, y, settings, create_graph=differentiable, verified=self._verified) as passes:
                 t = make_target(self.target, target, passes, self.error, first=self.penalty is None)  # a constant
@@ -193,6 +213,7 @@ class InterpretableGradientLoss(nn.Module):
         if not training:
             return self._term
         self._step += 1
+        self._computed = weakref.ref(x), x._version
         self._recorder = None
         forward.close()
         return weight * penalty if weight else _zero(x)
@@ -226,16 +247,17 @@ class InterpretableGradientLoss(nn.Module):
         return value
 
     @contextmanager
-    def shared_forward(self) -> Iterator[None]:
-        """Record the forward pass of the model inside, for the next call of the loss.
+    def shared_forward(self, step: int | None = None) -> Iterator[None]:
+        """Record the forward pass of the model inside, for the next call of the loss, which has the same `step`.
 
-        The model sees a copy of its first argument, in which gradients can be taken; attention layers run
-        on the kernel that has a double backward. Nothing is recorded, at no cost, under `torch.no_grad()`
+        The model sees a copy of its first floating point argument, in which gradients can be taken; attention layers
+        run on the kernel that has a double backward. Nothing is recorded, at no cost, under `torch.no_grad()`
         and at the calls before `start` and those that `every` skips.
 
         Raises RuntimeError if the model was not called inside.
         """
         self._recorder = None
+        self._count_from(step)
         if not (torch.is_grad_enabled() and self._is_due()):
             yield
             return
@@ -258,6 +280,21 @@ class InterpretableGradientLoss(nn.Module):
             return 0.0
         return self.lam * min(1, since / self.warmup) if self.warmup else self.lam
 
+    def _count_from(self, step: int | None) -> None:
+        if step is not None and (not isinstance(step, int) or step < 0):
+            raise ValueError(f"expected step to be the number of an optimizer's step, from 0, got {step!r}.")
+        self._step = self._step if step is None else step
+
+    def _warn_of_the_same(self, x: Tensor) -> None:
+        """Once, if a call is skipped whose images are those of the last computed one."""
+        if self._computed and self._computed[0]() is x and self._computed[1] == x._version:
+            self._computed = None
+            warnings.warn(
+                f"every={self.every}: the images of the last call come again, and this call is skipped. Where an "
+                "optimizer calls several times in a step (SAM, LBFGS), pass the step's number: reg(x, y, step=i).",
+                stacklevel=4,
+            )
+
     def _is_due(self) -> bool:
         return self._step >= self.start and (self._step - self.start) % self.every == 0
 
@@ -270,7 +307,7 @@ class InterpretableGradientLoss(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Copied and pickled without a recorded graph."""
-        return self.__dict__ | {"_recorder": None}
+        return self.__dict__ | {"_recorder": None, "_computed": None}
 
     def get_extra_state(self) -> Tensor:
         """The step counter of `every`, `start` and `warmup`: all there is in `state_dict()`."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -31,14 +32,20 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def logits_of(output: Any) -> Tensor:
-    """The logits in what a model returned: itself, its `.logits`, or the first of a tuple that is not a mere loss."""
+    """The logits in what a model returned.
+
+    Itself, its `.logits`, of a dict what is under "logits" or "out", the first of a tuple that is not a mere loss.
+    """
     logits = getattr(output, "logits", output)
+    if isinstance(logits, Mapping):
+        logits = logits.get("logits", logits.get("out"))
     if isinstance(logits, (tuple, list)):
         logits = next((each for each in logits if not isinstance(each, Tensor) or each.dim()), None)
     if not isinstance(logits, Tensor) or not logits.dim():
         raise TypeError(
-            "expected the model to return a tensor, an object with .logits or a tuple that begins with a "
-            f"tensor, got {type(output).__name__}: wrap the model in a module that returns the logits."
+            'expected the model to return a tensor, an object with .logits, a dict with "logits" or "out", or a tuple '
+            f"that begins with a tensor, got {type(output).__name__}: wrap the model in a module that returns the "
+            "logits."
         )
     return logits
 
@@ -54,6 +61,18 @@ def class_logits(logits: Tensor) -> Tensor:
     return torch.cat([-logits / 2, logits / 2], 1) if logits.dim() > 1 and logits.shape[1] == 1 else logits
 
 
+def call(model: nn.Module, x: Tensor, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+    """model(x, *args, **kwargs); the images are the first parameter of `forward` that kwargs do not name."""
+    kwargs = kwargs or {}
+    parameters = list(inspect.signature(unwrap(model).forward).parameters.values()) if kwargs else []
+    if not parameters or parameters[0].name not in kwargs:
+        return model(x, *args, **kwargs)
+    free = (each.name for each in parameters if each.name not in kwargs and each.kind not in _VARIADIC)
+    return model(*args, **{next(free, "x"): x}, **kwargs)
+
+
+_VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
 _locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
 _making_a_lock = threading.Lock()
 
@@ -66,17 +85,26 @@ def exclusive_use(model: nn.Module) -> AbstractContextManager[Any]:
 
 @contextmanager
 def evaluation_mode(model: nn.Module, *, gradients: bool) -> Iterator[None]:
-    """The model in evaluation mode, and gradients recorded or not; afterwards all modes as they were."""
+    """The model in evaluation mode, and gradients recorded or not; afterwards all modes as they were.
+
+    Modules are told by `train`, which merges weights in some, or swaps graphs. Parents first: they tell their children.
+    """
     with exclusive_use(model):
         modes, recorded = [(module, module.training) for module in model.modules()], torch.is_grad_enabled()
 
         def restore() -> None:
             torch.set_grad_enabled(recorded)
-            for module, training in modes:
-                module.training = training
+            try:
+                for module, training in modes:
+                    if module.training != training:
+                        module.train(training)
+            finally:
+                for module, training in modes:  # where train() does not do as it is told
+                    module.training = training
 
         with finally_call(restore):
-            model.eval()
+            if any(training for _, training in modes):
+                model.eval()
             torch.set_grad_enabled(gradients)
             yield
 

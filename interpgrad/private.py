@@ -8,11 +8,12 @@ Functions below have those that are asked here. Elsewhere, where they belong to 
 | `_adaptive_avg_pool*d`, `_adaptive_avg_pool*d_backward` | pooling.py | stock, whose double backward is slower |
 | `_saved_training`, `_saved_weight`, `_saved_result2` | frozen.py | refuse stock's batch norm nodes |
 | `_saved_min`, `_saved_self`, `_saved_other` | guided.py | clamps and maxima are guided no more |
+| `_higher_order_ops` | graph.py | refuse cond, scan and others where they are called |
 | `_forward_cls`, `_backward_cls` | graph.py, report.py, forward.py | the names of Functions and their nodes |
 | `_functions.SyncBatchNorm`, `_check_input_dim` | sync_batch_norm.py | the differentiable layer, which is slower |
 | `_buffers` | forward.py | `register_buffer` for each buffer |
-| `_version` | forward.py | no notice where weights change after a shared forward pass |
-| `_is_view` | on_views.py, rectifier.py, smooth.py | copies for all activations in place |
+| `_version` | forward.py, loss.py | no notice where weights change after a shared forward pass, or images come again |
+| `_is_view` | on_views.py | copies for all activations in place |
 | `_Loss` | criteria.py | a list of torch's losses |
 | `_orig_mod` | model.py | only modules compiled in place |
 | `_dynamo`, in sys.modules | forward.py | compiled parts are taken for given |
@@ -30,6 +31,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.autograd.graph import Node
 from torch.utils import checkpoint as checkpointing
 
@@ -63,9 +65,10 @@ def casts_to(node: Node, dtype: torch.dtype) -> bool:
     return metadata is None or any(gradient.dtype == dtype for gradient in metadata)
 
 
-def inputs_of(node: Node) -> int:
-    """How many gradients a node takes: `_input_metadata`; without it 0, and an error does not name the derivative."""
-    return len(getattr(node, "_input_metadata", ()))
+def zeros_for(node: Node) -> list[Tensor]:
+    """A gradient of zeros for each that a node takes: `_input_metadata`; without it none, and no node is tried."""
+    metadata = getattr(node, "_input_metadata", ())
+    return [torch.zeros(each.shape, dtype=each.dtype, device=each.device) for each in metadata]
 
 
 def checkpoint_under_way() -> Any:
@@ -105,6 +108,21 @@ def enable_attention(enabled: Mapping[str, bool]) -> None:
 def under_a_transform() -> bool:
     """Whether vmap, jvp or another of torch.func is under way: `peek_interpreter_stack`."""
     return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def has_dual_numbers() -> bool:
+    """Whether forward-mode differentiation is under way: `_current_level`."""
+    return forward_ad._current_level >= 0
+
+
+def is_traced() -> bool:
+    """Whether torch.jit.trace is under way: `_get_tracing_state`, as torch.jit.is_tracing asks, which is slower."""
+    return torch._C._get_tracing_state() is not None
+
+
+def is_higher_order(function: Any) -> bool:
+    """Whether it is one of torch's operators that take functions: `HigherOrderOperator`."""
+    return isinstance(function, torch._ops.HigherOrderOperator)
 
 
 def is_batched(gradient: Tensor) -> bool:

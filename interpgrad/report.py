@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from interpgrad import frozen, graph
-from interpgrad.criteria import Criterion, refuse_out_of_range
+from interpgrad.criteria import IGNORED, Criterion, refuse_out_of_range
 from interpgrad.double_backward import attention
 from interpgrad.forward import Forward, check_batch, forward_without_trace, is_compiled
 from interpgrad.gradients import backward_passes
@@ -66,6 +67,8 @@ def check(
     criterion: Criterion | str = "log_prob",
     batch_norm: str = "frozen",
     activations: str = "all",
+    ignore_index: int = IGNORED,
+    model_kwargs: Mapping[str, Any] | None = None,
 ) -> Report:
     """What the loss meets in a model: whether it can be used, what is guided and what is not, what a step costs.
 
@@ -79,7 +82,9 @@ def check(
         y: their targets; None means the predicted classes.
         criterion: as of the loss, and so are
         batch_norm: and
-        activations: which decide what is met.
+        activations: and
+        ignore_index: which decide what is met.
+        model_kwargs: further arguments of the model, as of `interpgrad.input_gradients`.
 
     Returns:
         A report: `.ok`, `.findings`, and a text of one line for each. What the loss would raise is a finding.
@@ -96,18 +101,20 @@ def check(
     note   activations: guided at Relu x1. Nothing to do.
     """
     check_batch(x, y)
-    settings = Settings(criterion, batch_norm, activations)
+    settings = Settings(criterion, batch_norm, activations, ignore_index)
     findings = []
     try:
         with exclusive_use(model), torch.enable_grad():
-            for finding in _findings(model, x, y, settings):
+            for finding in _findings(model, x, y, settings, model_kwargs):
                 findings.append(finding)
     except (TypeError, ValueError, RuntimeError) as error:
         findings.append(Finding("error", "the loss", str(error)))
     return Report(type(unwrap(model)).__name__, tuple(findings))
 
 
-def _findings(model: nn.Module, x: Tensor, y: Any, settings: Settings) -> Iterator[Finding]:
+def _findings(
+    model: nn.Module, x: Tensor, y: Any, settings: Settings, model_kwargs: Mapping[str, Any] | None
+) -> Iterator[Finding]:
     """One after the other, on the way that the loss goes."""
     if is_compiled(model):
         yield _note(
@@ -115,8 +122,10 @@ def _findings(model: nn.Module, x: Tensor, y: Any, settings: Settings) -> Iterat
             "compiled graphs have no double backward. Call the loss without shared_forward(): it makes a forward pass "
             "of its own on the original module.",
         )
+    run = functools.partial(forward_without_trace, model, x, (), model_kwargs, batch_norm=settings.batch_norm)
+    run()  # TorchScript makes one node of a function in the second pass
     with _AttentionCalls() as attends:
-        forward = forward_without_trace(model, x, batch_norm=settings.batch_norm)
+        forward = run()
     operations = graph.operations(forward.logits, until=forward.image)
     yield from _about_activations(operations, settings.activations)
     yield from _about_functions(operations)
@@ -133,7 +142,13 @@ def _findings(model: nn.Module, x: Tensor, y: Any, settings: Settings) -> Iterat
             "checkpointed layers run again in every backward pass, three times instead of once. Checkpoint no more "
             "than the memory asks for.",
         )
-    delta = _twice_differentiated(forward, y, settings)
+    delta, coupled = _twice_differentiated(forward, y, settings)
+    if coupled:
+        yield _note(
+            "coupled images",
+            "an image's gradient depends on the others in the batch, which inference does not see: by statistics "
+            "written by hand, or attention across images. Only those of torch's batch norms are constants: use these.",
+        )
     yield _about_cost(delta, forward.image)
 
 
@@ -188,17 +203,23 @@ def _about_cost(delta: Tensor, image: Tensor) -> Finding:
     )
 
 
-def _twice_differentiated(forward: Forward, y: Any, settings: Settings) -> Tensor:
-    """Delta, whose derivative in the parameters has been taken, as backpropagation of the loss takes it."""
+def _twice_differentiated(forward: Forward, y: Any, settings: Settings) -> tuple[Tensor, bool]:
+    """Delta, whose derivative in the parameters has been taken, as backpropagation of the loss takes it.
+
+    And whether that of the first image's criterion reaches other images, where it should not.
+    """
     y = class_logits(forward.logits.detach()).argmax(1) if y is None else y
     if isinstance(settings.criterion, str):  # on a GPU as well, where training does not look
-        refuse_out_of_range(forward.logits, y)
+        refuse_out_of_range(forward.logits, y, settings.ignore_index)
     with backward_passes(forward, y, settings, create_graph=True) as passes:
         guided, delta = passes.gradient(guided=True), passes.attached_delta
+        of_first = torch.zeros_like(passes.v)
+        of_first[0] = passes.v[0]
+        coupled = settings.batch_norm == "frozen" and bool(passes.gradient(of_first)[1:].any())
     parameters = [leaf for leaf in graph.leaves(delta, until=forward.image) if leaf is not forward.image]
     if parameters:
         torch.autograd.grad(delta, parameters, guided.to(delta.dtype), retain_graph=True, allow_unused=True)
-    return delta
+    return delta, coupled
 
 
 class _AttentionCalls(TorchFunctionMode):

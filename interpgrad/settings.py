@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from interpgrad.criteria import Criterion, Derivative, derivative_of
+from interpgrad.criteria import IGNORED, Criterion, Derivative, derivative_of
 from interpgrad.guided import FAMILIES
 
 BATCH_NORM = ("frozen", "coupled")
@@ -17,15 +17,18 @@ class Settings:
     criterion: Criterion | str = "log_prob"
     batch_norm: str = "frozen"
     activations: str = "all"
+    ignore_index: int = IGNORED
 
     def __post_init__(self) -> None:
         if self.activations not in FAMILIES:
             raise ValueError(f'expected activations="relu" or activations="all", got {self.activations!r}.')
         if self.batch_norm not in BATCH_NORM:
             raise ValueError(f'expected batch_norm="frozen" or batch_norm="coupled", got {self.batch_norm!r}.')
-        derivative_of(self.criterion)
+        if not isinstance(self.ignore_index, int):
+            raise ValueError(f"expected ignore_index to be an integer, got {self.ignore_index!r}.")
+        derivative_of(self.criterion, self.ignore_index)
 
     @property
     def derivative(self) -> Derivative:
         """Of the criterion, at the logits."""
-        return derivative_of(self.criterion)
+        return derivative_of(self.criterion, self.ignore_index)

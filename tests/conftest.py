@@ -33,6 +33,13 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(pytest.mark.skip(reason=f"on the CPU alone: {marker.args[0]}"))
 
 
+def pytest_terminal_summary(terminalreporter):
+    """How many of PyTorch's own samples were compared."""
+    for report in terminalreporter.getreports("passed"):
+        for name, value in report.user_properties:
+            terminalreporter.write_line(f"{name} in {report.nodeid}: {value}")
+
+
 class DrawnOnTheCPU(TorchFunctionMode):
     """Weights and images are the same on every device: drawn on the CPU, and moved."""
 

@@ -278,7 +278,7 @@ def test_targets_out_of_range(criterion, off):
 
 
 def test_an_output_without_logits():
-    assert "wrap the model" in findings(nn.Sequential(small_net(), Apply(lambda z: {"out": z})))["the loss"]
+    assert "wrap the model" in findings(nn.Sequential(small_net(), Apply(lambda z: {"features": z})))["the loss"]
 
 
 @pytest.mark.parametrize("failure", [None, "the model raises", failing("target out of range"), "wrong image size"])

@@ -12,7 +12,7 @@ from oracle import deterministic, oracle_gradients, relative_difference
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from interpgrad import input_gradients
+from interpgrad import InterpretableGradientLoss, check, input_gradients
 
 PAPER = {"criterion": "cross_entropy", "batch_norm": "coupled"}
 
@@ -198,3 +198,34 @@ def test_soft_targets_and_custom_criterion():
         expected = oracle_gradients(literal, inputs)
         for value, reference in zip(input_gradients(model, x, soft, criterion=criterion), expected, strict=True):
             assert relative_difference(value, reference) < 1e-9
+
+
+BY_HAND = {
+    "silu": (lambda h: h * torch.sigmoid(h), F.silu),
+    "the other way round": (lambda h: h.sigmoid() * h, F.silu),
+    "quick GELU": (lambda h: h * torch.sigmoid(1.702 * h), lambda h: F.silu(1.702 * h) / 1.702),
+}
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_products_with_a_gate_of_their_own(name):
+    """SiLU and quick-GELU in arithmetic are guided as the function is; other gates are left alone."""
+    by_hand, function = BY_HAND[name]
+    x, y = data()
+    nets = []
+    for activation in (by_hand, function):
+        net = small_net()
+        net[2], net[6], net[10] = (Apply(activation) for _ in range(3))
+        nets.append(net)
+    for ours, expected in zip(*(input_gradients(net, x, y) for net in nets), strict=True):
+        torch.testing.assert_close(ours, expected)
+    torch.testing.assert_close(*(InterpretableGradientLoss(net)(x, y) for net in nets))
+    assert "guided at x * sigmoid(a x) x3. Nothing" in str(check(nets[0], x))
+    assert "left alone" not in str(check(nets[0], x))
+    with pytest.raises(RuntimeError, match="expected activations of the family"):
+        nets[0][2] = nn.ReLU()
+        input_gradients(nets[0], x, y, activations="relu")
+    gates = small_net()
+    gates.insert(3, Apply(lambda h: h * torch.sigmoid(h.mean(1, keepdim=True)) * torch.sigmoid(h[:, :1])))
+    assert "guided at Relu x3. Nothing" in str(check(gates, x))
+    assert "Sigmoid x2, not guided" in str(check(gates, x))

@@ -1,8 +1,11 @@
 """The loss against a literal Algorithm 1, and its settings."""
 
+import contextlib
 import copy
 import functools
 import math
+import pickle
+import warnings
 
 import pytest
 import torch
@@ -169,6 +172,65 @@ def test_every_with_a_shared_forward_is_free_on_skipped_steps():
         value = reg(x, y)
         assert (value != 0) == (call % 3 == 0)
         (F.cross_entropy(logits, y) + value).backward()
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_every_where_a_step_calls_more_than_once(shared):
+    """SAM, LBFGS: by the number of the step all its calls are computed, or none."""
+    model, (x, y) = small_net(), data()
+    reg = InterpretableGradientLoss(model, every=2, start=2, warmup=4)
+    seen = []
+    for step in range(7):
+        for _ in range(2):  # with the weights perturbed in between
+            with reg.shared_forward(step) if shared else contextlib.nullcontext():
+                model(x) if shared else None
+            seen.append(float(reg(x, y, step=step)))
+            with torch.no_grad():
+                model[0].weight += 1e-3
+    once = InterpretableGradientLoss(small_net(), every=2, start=2, warmup=4)
+    computed = [bool(once(x, y, step=step)) for step in range(7)]
+    assert computed == [False, False, False, False, True, False, True]  # a weight of 0 at the start of the warm-up
+    assert [bool(value) for value in seen] == [each for each in computed for _ in range(2)]
+    assert int(reg.state_dict()["_extra_state"]) == 7
+    for step in (-1, 1.0, "1"):
+        with pytest.raises(ValueError, match="expected step to be the number of an optimizer's step"):
+            reg(x, y, step=step)
+
+
+def test_lbfgs_minimizes_one_function_a_step():
+    """With a strong Wolfe search the loss falls, since every call of a step is of the same function."""
+    model, (x, y) = small_net().eval(), data()
+    reg = InterpretableGradientLoss(model, "mse", lam=0.1, every=2)
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=4, line_search_fn="strong_wolfe")
+    for step in range(4):
+        values = []
+
+        def closure(step=step, values=values):
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(x), y) + reg(x, y, step=step)
+            loss.backward()
+            values.append(float(loss))
+            return loss
+
+        optimizer.step(closure)
+        assert len(values) > 1
+        assert min(values) < values[0]
+
+
+def test_images_that_come_again_and_are_skipped():
+    """Said once: an even number of calls a step would leave the term in the first of them."""
+    model, (x, y) = small_net(), data()
+    reg = InterpretableGradientLoss(model, every=2)
+    reg(x, y)
+    with pytest.warns(UserWarning, match=r"every=2: the images .* this call is skipped.* reg\(x, y, step=i\)"):
+        reg(x, y)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for images in (x.clone(), x.clone(), x):
+            reg(images, y)
+            images += 0  # a buffer that is filled anew
+            reg(images, y)
+    assert pickle.loads(pickle.dumps(reg))._computed is None
 
 
 def test_every_counter_survives_a_checkpoint():

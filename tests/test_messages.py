@@ -7,13 +7,13 @@ import sys
 
 import pytest
 import torch
-from nets import Apply, data, small_net
+from nets import Apply, data, seeded, small_net
 from torch import nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from interpgrad import InterpretableGradientLoss, graph, input_gradients
+from interpgrad import InterpretableGradientLoss, check, graph, input_gradients
 
 
 def raises(error, *parts):
@@ -114,11 +114,82 @@ def test_error_without_a_value_per_sample():
 
 
 def test_model_output():
-    model = nn.Sequential(small_net(), Apply(lambda z: {"out": z}))
-    with raises(
-        TypeError, "expected the model to return a tensor, an object with .logits or a tuple", "got dict", "wrap"
+    x, y = data()
+    expected = InterpretableGradientLoss(small_net())(x, y)
+    for output in (lambda z: {"aux": z.sum(), "out": z}, lambda z: {"logits": z, "out": 2 * z}):
+        assert InterpretableGradientLoss(nn.Sequential(small_net(), Apply(output)))(x, y) == expected
+    model = nn.Sequential(small_net(), Apply(lambda z: {"features": z}))
+    with raises(TypeError, 'a dict with "logits" or "out", or a tuple that begins with a tensor, got dict', "wrap"):
+        InterpretableGradientLoss(model)(x, y)
+
+
+class Captioned(nn.Module):
+    """As CLIP: the images are not the first parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.table = small_net(), nn.Embedding(5, 4).double()
+
+    def forward(self, input_ids=None, pixel_values=None, scale=1.0, **_):
+        return {"logits": scale * self.net(pixel_values) + self.table(input_ids).mean(1)}
+
+
+def test_images_are_the_argument_that_is_not_named():
+    model, (x, y) = Captioned(), data()
+    ids = torch.tensor([[0, 1], [2, 3], [4, 4]])
+    bound = Apply(lambda images: model(ids, images))
+    bound.inner = model
+    expected = InterpretableGradientLoss(bound)(x, y)
+    assert InterpretableGradientLoss(model)(x, y, input_ids=ids) == expected
+    for args, kwargs in (((ids, x), {}), ((), {"scale": 1.0, "input_ids": ids, "pixel_values": x})):
+        reg = InterpretableGradientLoss(model)
+        with reg.shared_forward():
+            model(*args, **kwargs)
+        assert reg(x, y) == expected
+    arguments = {"input_ids": ids, "scale": 2.0}
+    doubled = Apply(lambda images: model(ids, images, 2.0))
+    doubled.inner = model
+    for ours, reference in zip(
+        input_gradients(model, x, y, model_kwargs=arguments), input_gradients(doubled, x, y), strict=True
     ):
-        InterpretableGradientLoss(model)(*data())
+        assert torch.equal(ours, reference)
+    assert check(model, x, y, model_kwargs=arguments).ok
+    assert check(nn.DataParallel(model), x, y, model_kwargs=arguments).ok
+    with raises(TypeError, "expected x to be a floating point tensor, got a tensor of torch.int64"):
+        with InterpretableGradientLoss(model).shared_forward():
+            model(ids, x.long())
+
+
+def test_lazy_layers():
+    model = nn.Sequential(nn.LazyConv2d(3, 3), nn.LazyBatchNorm2d(), nn.ReLU(), nn.Flatten(), nn.LazyLinear(4)).double()
+    x, y = data()
+    with raises(RuntimeError, "expected layers that have their parameters, got a LazyConv2d without", "model(x)"):
+        InterpretableGradientLoss(model)(x, y)
+    model(x)
+    InterpretableGradientLoss(model)(x, y).backward()
+
+
+@pytest.mark.parametrize("criterion", ["log_prob", "logit", "cross_entropy"])
+def test_ignore_index(criterion):
+    """Images, or pixels, that are left out, and the others as if they were alone."""
+    x, y = data()
+    model = nn.Sequential(nn.Conv2d(3, 5, 3), nn.ReLU(), nn.Conv2d(5, 4, 1)).double()
+    for net, target in ((small_net().eval(), y), (model, torch.randint(4, (3, 6, 6), generator=seeded(0)))):
+        ignored, stock = target.clone(), target.clone()
+        ignored[1], stock[1] = 255, -100
+        for dtype in (torch.long, torch.uint8):
+            ours = input_gradients(net, x, ignored.to(dtype), criterion=criterion, ignore_index=255)
+            for value, expected in zip(ours, input_gradients(net, x, stock, criterion=criterion), strict=True):
+                assert torch.equal(value, expected)
+        reg = InterpretableGradientLoss(net, "mse", criterion=criterion, ignore_index=255)
+        assert reg(x, ignored) == InterpretableGradientLoss(net, "mse", criterion=criterion)(x, stock) > 0
+        assert check(net, x, ignored, criterion=criterion, ignore_index=255).ok
+        with raises(ValueError, "expected class indices from 0 to 3, or -100 for images to ignore", "to 255"):
+            InterpretableGradientLoss(net, criterion=criterion)(x, ignored)
+    with raises(ValueError, "expected ignore_index to be an integer, got None"):
+        InterpretableGradientLoss(net, ignore_index=None)
+    with raises(ValueError, "expected ignore_index for a criterion by name, got 255 for", "give it to that one"):
+        InterpretableGradientLoss(net, criterion=nn.CrossEntropyLoss(), ignore_index=255)
 
 
 def test_no_activation_of_the_family():

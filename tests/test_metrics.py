@@ -16,6 +16,7 @@ from torch import nn
 from traces import assert_same_trace, trace
 
 from interpgrad import metrics, saliency
+from interpgrad.metrics import functional
 
 torchmetrics = pytest.importorskip("torchmetrics")
 
@@ -33,22 +34,41 @@ def probability(model, image, c):
         return float(model(image[None]).double().softmax(1)[0, c])
 
 
-def literal_curve(kind, model, image, saliency_map, c, blur=11, sigma=5.0, pixels=None):
+def literal_kernel(blur, sigma, reflected):
+    """The weights of a blur by its definition: a point filtered by a Gaussian, reflected at the edges or cut off."""
+    half, line = blur // 2, []
+    if not reflected:
+        line = [math.exp(-i * i / (2 * sigma**2)) for i in range(-half, half + 1)]
+        return {
+            (i, j): line[i + half] * line[j + half] / sum(line) ** 2
+            for i in range(-half, half + 1)
+            for j in range(-half, half + 1)
+        }
+    radius = int(4 * sigma + 0.5)
+    gaussian = {i: math.exp(-i * i / (2 * sigma**2)) for i in range(-radius, radius + 1)}
+    for pixel in range(blur):
+        seen = 0
+        for offset, weight in gaussian.items():
+            place = pixel + offset
+            while not 0 <= place < blur:
+                place = -1 - place if place < 0 else 2 * blur - 1 - place
+            seen += weight * (place == half)
+        line.append(seen / sum(gaussian.values()))
+    return {(i, j): line[i + half] * line[j + half] for i in range(-half, half + 1) for j in range(-half, half + 1)}
+
+
+def literal_curve(kind, model, image, saliency_map, c, blur=11, sigma=5.0, pixels=None, reflected=True):
     """The slides' Algorithms 1 and 2, pixel by pixel. (Algorithm 1 prints p_0 = f(x) for f(x'), compare RISE.)"""
     _, height, width = image.shape
     pixels = pixels or width
     if kind == "insertion":
-        half, weights = blur // 2, {}
-        for i in range(-half, half + 1):
-            for j in range(-half, half + 1):
-                weights[i, j] = math.exp(-(i * i + j * j) / (2 * sigma**2))
-        total = sum(weights.values())
+        weights = literal_kernel(blur, sigma, reflected)
         current = torch.zeros_like(image)
         for row in range(height):
             for column in range(width):
                 for (i, j), weight in weights.items():
                     if 0 <= row + i < height and 0 <= column + j < width:
-                        current[:, row, column] += weight / total * image[:, row + i, column + j]
+                        current[:, row, column] += weight * image[:, row + i, column + j]
         final = image
     else:
         current, final = image.clone(), torch.zeros_like(image)
@@ -71,7 +91,7 @@ def literal_area(curve):
 @pytest.mark.parametrize("size", [8, 12])
 def test_insertion_and_deletion_are_the_slides_algorithms(protocol, size):
     model, x, maps, y = task(size=size)
-    details = {"rise": (11, 5.0, size), "ca_stream": (5, 5.0, 8 * size)}[protocol]
+    details = {"rise": (11, 5.0, size, True), "ca_stream": (5, 5.0, 8 * size, False)}[protocol]
     for kind in ("insertion", "deletion"):
         expected = [literal_curve(kind, model, *each, *details) for each in zip(x, maps, y, strict=True)]
         curves = getattr(metrics, f"{kind}_curve")(model, x, maps, y, protocol=protocol)
@@ -81,16 +101,33 @@ def test_insertion_and_deletion_are_the_slides_algorithms(protocol, size):
         torch.testing.assert_close(metrics.area(curves), areas)
 
 
+def gkern(side, sigma):
+    """RISE's: a point, filtered by scipy."""
+    ndimage = pytest.importorskip("scipy.ndimage")
+    point = torch.zeros(side, side, dtype=torch.float64)
+    point[side // 2, side // 2] = 1
+    return torch.tensor(ndimage.gaussian_filter(point.cpu().numpy(), sigma))
+
+
+@pytest.mark.parametrize(("side", "sigma"), [(11, 5.0), (5, 5.0), (11, 2.4), (31, 2.5), (3, 9.0), (1, 1.0)])
+def test_the_kernel_of_rise(side, sigma):
+    """What a point is blurred to."""
+    point = torch.zeros(1, 2, side, side, dtype=torch.float64)
+    point[0, 0, side // 2, side // 2] = 1
+    found = functional._blur(point, metrics.Protocol("own", side, sigma, 1, reflected=True))[0]
+    torch.testing.assert_close(found[0], gkern(side, sigma), rtol=0, atol=1e-12)
+    assert not found[1].any()
+    single = functional._blur(point.float(), metrics.Protocol("own", side, sigma, 1, reflected=True))[0, 0]
+    torch.testing.assert_close(single, gkern(side, sigma).float(), rtol=1e-6, atol=1e-8)
+
+
 def test_rise():
-    """The published evaluation's loop, on numpy order and with its own sum, the blurred start given."""
+    """The published evaluation's loop, on numpy order and with its own sum and kernel."""
     model, x, maps, y = task(size=10)
     hw, step = 100, 10
     for image, saliency_map, c in zip(x, maps, y, strict=True):
         for mode in ("insertion", "deletion"):
-            kernel = torch.tensor([math.exp(-((i - 5) ** 2) / 50) for i in range(11)], dtype=x.dtype)
-            kernel = torch.outer(kernel, kernel)
-            kernel = (kernel / kernel.sum()).expand(3, 1, 11, 11)
-            blurred = F.conv2d(image[None], kernel, padding=5, groups=3)
+            blurred = F.conv2d(image[None], gkern(11, 5).expand(3, 1, 11, 11), padding=5, groups=3)
             start, finish = (blurred, image[None]) if mode == "insertion" else (image[None], torch.zeros_like(blurred))
             start, scores = start.clone(), []
             salient_order = saliency_map.flatten().cpu().numpy().argsort()[::-1]
@@ -237,6 +274,8 @@ def test_directions():
 def test_protocols_are_named():
     text = {name: str(protocol) for name, protocol in metrics.PROTOCOLS.items()}
     assert "11x11" in text["rise"]
+    assert "(sigma 5, reflected into the kernel, zero padding)" in text["rise"]
+    assert "(sigma 5, zero padding)" in text["ca_stream"]
     assert "1 x W" in text["rise"]
     assert "5x5" in text["ca_stream"]
     assert "8 x W" in text["ca_stream"]
@@ -356,7 +395,8 @@ def test_bad_input(function):
         ((x, maps[:2]), ValueError, "expected one map for each of the 3 images, got 2"),
         ((x, maps[:, None]), ValueError, r"expected maps of shape \(N, h, w\), not empty, got \(3, 1, 8, 8\)"),
         ((x[:0], maps[:0]), ValueError, "not empty"),
-        ((x, nan), ValueError, "expected maps without NaN, got NaN in 1 of 3"),
+        ((x, nan), ValueError, r"expected maps without NaN, got NaN in 1 of 3 \(index 1\)"),
+        ((x / nan[:, None], maps), ValueError, r"expected finite images, got NaN or infinity in 1 of 3 \(index 1\)"),
         ((x, maps * 3), ValueError, r"expected maps in \[0, 1\], got values from .*: scale each map"),
         ((x, maps, 4), ValueError, "expected class indices from 0 to 3, got 4 to 4"),
         ((x, maps, torch.zeros(2, dtype=torch.long)), ValueError, "one for each of the 3 images"),
@@ -369,6 +409,60 @@ def test_bad_input(function):
         function(model, x, maps, chunk_size=0)
     with pytest.raises(ValueError, match=r"logits of shape \(N, classes\)"):
         function(nn.Conv2d(3, 3, 1).double(), x, maps)
+
+
+class Told(nn.Module):
+    """A model with a strength for each image and a mode for all; as CLIP's, the images come second."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = small_net()
+
+    def forward(self, strength=None, pixel_values=None, mode=None):
+        assert mode == "square"
+        return self.net(pixel_values * strength[:, None, None, None]) * strength[:, None] ** 2
+
+
+def evaluated(name, model, x, maps, y, kwargs, chunk_size):
+    """Per image, of every function; of the metric, its means."""
+    if name == "Faithfulness":
+        metric = metrics.Faithfulness(model, chunk_size=chunk_size)
+        metric.update(x, maps, y, model_kwargs=kwargs)
+        return torch.stack(list(metric.compute().values()))[None]
+    found = getattr(metrics, name)(model, x, maps, y, chunk_size=chunk_size, model_kwargs=kwargs)
+    return torch.stack(list(found.values()), 1) if isinstance(found, dict) else found
+
+
+FUNCTIONS = ("insertion", "deletion", "insertion_curve", "deletion_curve", "faithfulness", "Faithfulness")
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("given", [False, True])
+def test_further_arguments_follow_their_image(name, given):
+    _, x, maps, y = task(5)
+    model, strength = Told().eval(), torch.rand(5, dtype=x.dtype, generator=seeded(1)) + 0.5
+    targets = y if given else [None] * 5
+    alone = torch.cat(
+        [
+            evaluated(name, model, image[None], each[None], c, {"strength": s[None], "mode": "square"}, 64)
+            for image, each, c, s in zip(x, maps, targets, strength, strict=True)
+        ]
+    )
+    alone = alone.mean(0, keepdim=True) if name == "Faithfulness" else alone
+    for chunk_size in (64, 7, 2):
+        kwargs = {"strength": strength, "mode": "square"}
+        together = evaluated(name, model, x, maps, y if given else None, kwargs, chunk_size)
+        torch.testing.assert_close(together, alone, rtol=1e-9, atol=1e-9)
+    other = evaluated(name, model, x, maps, y, {"strength": strength.flip(0), "mode": "square"}, 64)
+    assert (other - alone).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_further_arguments_without_a_row_for_each_image(name):
+    _, x, maps, y = task()
+    message = r"expected model_kwargs\['strength'\] to have one row for each of the 3 images, got shape \(1, 3\)"
+    with pytest.raises(ValueError, match=message):
+        evaluated(name, Told(), x, maps, y, {"strength": x.new_ones(1, 3), "mode": "square"}, 64)
 
 
 def test_bad_probabilities():

@@ -22,7 +22,8 @@ MAY_IMPORT = {
     "private": set(),
     "cleanup": set(),
     "model": {"cleanup", "private"},
-    "metrics": {"model"},
+    "inputs": {"model"},
+    "metrics": {"inputs", "model"},
     "plot": {"metrics"},
     "graph": {"double_backward", "private"},
     "criteria": {"autocast", "graph", "model"},
@@ -32,7 +33,7 @@ MAY_IMPORT = {
     "guided": {"cleanup", "graph"},
     "frozen": {"cleanup", "double_backward", "graph"},
     "sharded": {"private"},
-    "forward": {"autocast", "cleanup", "double_backward", "model", "private", "sharded"},
+    "forward": {"autocast", "cleanup", "double_backward", "graph", "model", "private", "sharded"},
     "settings": {"criteria", "guided"},
     "gradients": {
         "autocast",
@@ -54,7 +55,7 @@ MAY_IMPORT = {
         *("criteria", "double_backward", "forward", "frozen", "gradients", "graph", "guided", "model", "settings"),
     },
     "integrations": {"forward", "loss"},
-    "saliency": {"cleanup", "criteria", "forward", "gradients", "model", "settings"},
+    "saliency": {"autocast", "cleanup", "criteria", "forward", "gradients", "inputs", "model", "settings"},
     "__init__": {"double_backward", "gradients", "loss", "report", "transforms"},  # and those by name, once asked for
 }
 

@@ -52,7 +52,9 @@ def test_casts():
     node = x.half().grad_fn
     assert private.casts_to(node, torch.float16)
     assert not private.casts_to(node, torch.bfloat16)
-    assert private.inputs_of(node) == 1
+    (zeros,) = private.zeros_for(node)
+    assert zeros.dtype == torch.float16
+    assert zeros.tolist() == [0, 0]
 
 
 def test_checkpoints():

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nets import data, seeded, small_net
+from nets import autocast, data, seeded, small_net
 from torch import nn
 from traces import assert_same_trace, trace
 
@@ -281,9 +281,10 @@ class Residual(nn.Module):
             h = h + before
         elif self.kind == "cat":
             h = torch.cat([h, before], 1)
-        elif self.kind == "gate":  # keeps the number of rows, and gates some copies by another image
-            gate = before.mean((1, 2, 3)).repeat_interleave(-(-len(h) // len(x)))[: len(h)]
-            h = h * gate[:, None, None, None]
+        elif self.kind in ("gate", "tile"):  # keeps the number of rows, and gates some copies by another image
+            gate, copies = before.mean((1, 2, 3)), -(-len(h) // len(x))
+            gate = gate.repeat_interleave(copies) if self.kind == "gate" else gate.repeat(copies)
+            h = h * gate[: len(h), None, None, None]
         elif self.kind == "batch size":
             h = h.view(len(x), -1, *x.shape[2:])[:, :4]
         return self.head(h.relu().mean((2, 3)))
@@ -295,6 +296,7 @@ class Residual(nn.Module):
         ("plain", "_after_layer"),
         ("add", "_after_layer_one_by_one"),
         ("gate", "_after_layer_one_by_one"),
+        ("tile", "_after_layer_one_by_one"),
         ("cat", "_whole_network"),
         ("batch size", "_whole_network"),
     ],
@@ -355,6 +357,51 @@ def test_names():
         saliency.scale(x)
 
 
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int8, torch.uint8]
+)
+def test_scale_in_every_precision(dtype):
+    """The range of float16 ends at 65504, that of int8 at 127; the dtype is that of maps / 2."""
+    top = {torch.float16: 60000, torch.int8: 100, torch.uint8: 200}.get(dtype, 1e30)
+    bottom = 0 if dtype == torch.uint8 else -top
+    maps = torch.tensor([[[bottom, (top + bottom) / 2, top]]]).to(dtype)
+    scaled = saliency.scale(maps)
+    assert scaled.dtype == (maps / 2).dtype
+    torch.testing.assert_close(scaled, torch.tensor([[[0, 0.5, 1]]], dtype=scaled.dtype))
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_maps_that_are_not_finite(value):
+    maps = torch.rand(12, 4, 4)
+    maps[3, 1, 2] = float(value)
+    maps[7] = float(value)
+    with pytest.raises(
+        ValueError, match=r"expected maps of a finite range, got NaN or infinity in 2 of 12 \(index 3, 7\)"
+    ):
+        saliency.scale(maps)
+    with pytest.raises(ValueError, match=r"in 12 of 12 \(index 0, 1, 2, 3, 4, 5, 6, 7, \.\.\.\)"):
+        saliency.scale(maps * float("nan"))
+    with pytest.raises(ValueError, match="in 1 of 1"):
+        saliency.scale(torch.tensor([[[-3e38, 0, 3e38]]]))
+
+
+@pytest.mark.parametrize("name", CAMS)
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_images_and_layers_that_are_not_finite(name, value):
+    """Also where a rectifier or a chunk would hide which image it is."""
+    model, x = small_net().eval(), data(5)[0]
+    broken = x.clone()
+    broken[3, 0, 0, 0] = float(value)
+    with pytest.raises(ValueError, match=r"expected finite images, got NaN or infinity in 1 of 5 \(index 3\)"):
+        CAMS[name](model, broken, LAYER, chunk_size=2)
+    known = x[3, 0, 0, 0]
+    model[0].register_forward_hook(
+        lambda _, args, output: torch.where(args[0][:, :1, :1, :1] == known, float(value), output)
+    )
+    with pytest.raises(ValueError, match=r"expected maps of a finite range, got NaN or infinity in 1 of 5 \(index 3\)"):
+        CAMS[name](model, x, LAYER, 1, chunk_size=2)
+
+
 @pytest.mark.parametrize("name", CAMS)
 def test_the_predicted_class_is_the_default(name):
     model, x = small_net().eval(), data(8)[0]
@@ -378,6 +425,69 @@ def test_any_number_of_channels_and_dead_ones(name, channels):
         model[0].bias -= 100  # all channels dead
     maps = CAMS[name](model, x, "1")
     assert torch.equal(maps, torch.zeros_like(maps))
+
+
+class Broadcast(nn.Module):
+    """A layer "spread" of one value per channel, on 1 x 1 or more pixels that differ by a factor of 1 + pattern."""
+
+    def __init__(self, pattern):
+        super().__init__()
+        self.stem, self.spread = nn.Conv2d(3, 16, 3), Times(1 + pattern)
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x):
+        return self.head(self.spread(self.stem(x).relu().mean((2, 3), keepdim=True)).mean((2, 3)))
+
+
+class Times(nn.Module):
+    def __init__(self, factor):
+        super().__init__()
+        self.register_buffer("factor", factor)
+
+    def forward(self, h):
+        return h * self.factor
+
+
+@pytest.mark.parametrize("name", CAMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_constant_maps_are_zero(name, dtype):
+    """Not the rounding of their sum or of the resizing, stretched to [0, 1]; and what is more than rounding stays."""
+    torch.manual_seed(0)
+    x = torch.rand(20, 3, 30, 30).to(dtype)
+    steps = torch.linspace(-1, 1, 49).view(7, 7)
+    for pattern in (torch.zeros(1, 1), torch.zeros(7, 7), torch.finfo(dtype).eps * steps.sign()):
+        maps = CAMS[name](Broadcast(pattern).to(dtype), x, "spread", 1)
+        assert torch.equal(maps, torch.zeros_like(maps))
+    varying = Broadcast(1e-4 * steps)
+    with torch.no_grad():
+        varying.head.weight.abs_()
+    assert (CAMS[name](varying.to(dtype), x, "spread", 1).amax((1, 2)) == 1).all()
+
+
+def test_constant_channels_of_score_cam():
+    """Masks of 0, whatever resizing makes of a constant; in a layer without a rectifier they count."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 2, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2, 4)).double()
+    x = torch.rand(5, 3, 30, 30, dtype=torch.float64)
+    with torch.no_grad():
+        model[0].weight[1] = 0
+        model[0].bias[1] = -1 / 3
+        model[3].weight *= 10
+        a = model[0](x)
+        masked = x * saliency.scale(F.interpolate(a[:, :1], (30, 30), mode="bilinear")[:, 0])[:, None]
+        weights = torch.stack([model(masked)[:, 1], model(0 * x)[:, 1]], 1).softmax(1)
+    torch.testing.assert_close(saliency.score_cam(model, x, "0", 1), literal_map(weights, a, (30, 30)))
+
+
+def test_the_sum_of_channels_is_not_cast():
+    """In bfloat16 a map would have 8 bits."""
+    model, x = small_net().float().eval(), data()[0].float()
+    model[6].register_forward_hook(lambda _, __, output: output.float())
+    for name in ("grad_cam_pp", "score_cam"):
+        with autocast(torch.bfloat16):
+            maps = CAMS[name](model, x, LAYER)
+        assert maps.dtype == torch.float32
+        assert not torch.equal(maps, maps.bfloat16().float())
 
 
 def test_layers_followed_by_in_place_activations():
@@ -533,3 +643,94 @@ def test_wrapped_models():
         expected = cam(model, x, LAYER)
         assert torch.equal(cam(nn.DataParallel(model), x, LAYER), expected), name
         assert torch.equal(cam(torch.compile(model), x, LAYER), expected), name
+
+
+# ---- further arguments of the model
+
+
+class Told(nn.Module):
+    """A strength and an index into a table for each image, and a mode for all; before and after the layer "conv"."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.act, self.head = nn.Conv2d(3, 6, 3, padding=1), nn.ReLU(), nn.Linear(6, 4)
+        self.table = nn.Parameter(torch.randn(5, 4))
+        with torch.no_grad():  # a constant channel: for Score-CAM, the black image
+            self.conv.weight[0], self.conv.bias[0] = 0, -0.5
+
+    def forward(self, x, strength, index=None, *, mode="product"):
+        mixed = x + strength[:, None, None, None] * x.flip(3)
+        logits = self.head(self.act(self.conv(mixed)).mean((2, 3)))
+        if mode == "product":
+            return logits * self.table[index]
+        return logits[torch.arange(len(logits))[:, None], (torch.arange(4) + index[:, None]) % 4]
+
+
+class Captioned(nn.Module):
+    """As CLIP's: the images come second, and all are passed by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.told = Told()
+
+    def forward(self, input_ids=None, pixel_values=None, strength=None):
+        return self.told(pixel_values, strength, input_ids[:, 0])
+
+
+ALL = {**GRADIENTS, **CAMS}
+
+
+def explained(name, model, x, y, kwargs, **options):
+    arguments = ("told.conv" if isinstance(model, Captioned) else "conv", y) if name in CAMS else (y,)
+    return ALL[name](model, x, *arguments, model_kwargs=kwargs, **options)
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("mode", ["product", "rows"])
+@pytest.mark.parametrize("given", [False, True])
+def test_further_arguments_follow_their_image(name, mode, given):
+    model, (x, y) = Told().double().eval(), data(5)
+    y = y if given else None
+    strength, index = torch.rand(5, dtype=x.dtype, generator=seeded(1)) + 0.5, torch.tensor([3, 0, 1, 4, 2])
+    kwargs = {"strength": strength, "index": index, "mode": mode}
+    options = {"generator": seeded(2), "samples": 3} if name == "smooth_gradient" else {}
+    alone = [
+        explained(
+            name,
+            model,
+            x[n][None],
+            y if y is None else y[n],
+            {**kwargs, "strength": s[None], "index": i[None]},
+            **options,
+        )
+        for n, (s, i) in enumerate(zip(strength, index, strict=True))
+    ]
+    alone = torch.cat(alone)
+    for chunk_size in (None, 64, 7, 2, 1):
+        if options:
+            options["generator"].manual_seed(2)
+        together = explained(name, model, x, y, kwargs, chunk_size=chunk_size, **options)
+        torch.testing.assert_close(together, alone, rtol=1e-9, atol=1e-9)
+    if options:
+        options["generator"].manual_seed(2)
+    captions = {"input_ids": index[:, None], "strength": strength}
+    captioned = Captioned().double().eval()
+    if mode == "product":
+        ours = explained(name, captioned, x, y, captions, chunk_size=2, **options)
+        torch.testing.assert_close(ours, alone, rtol=1e-9, atol=1e-9)
+    if options:
+        options["generator"].manual_seed(2)
+    other = explained(name, model, x, y, {**kwargs, "strength": strength.flip(0)}, **options)
+    assert (other - alone).abs().max() > 0.1 * alone.abs().max()
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_further_arguments_without_a_row_for_each_image(name):
+    model, (x, y) = Told().double(), data()
+    message = (
+        r"expected model_kwargs\['strength'\] to have one row for each of the 3 images, got shape \(2,\): bind what is "
+        "the same for all images in a module of your own"
+    )
+    with pytest.raises(ValueError, match=message):
+        explained(name, model, x, y, {"strength": x.new_ones(2), "index": y})

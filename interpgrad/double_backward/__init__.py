@@ -41,6 +41,9 @@ _PROBE = torch.empty(0, device="cpu")
 class fast_double_backward:  # noqa: N801
     """Context manager: a forward pass inside it can be differentiated twice at little more than a native pass each.
 
+    A first derivative whose own is zero everywhere, as of rectifiers alone, may require no gradient, where stock's does.
+    While torch.compile traces, nothing is replaced.
+
     >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.ReLU())
     >>> x = torch.randn(2, 3, 8, 8, requires_grad=True)
     >>> with fast_double_backward():
@@ -53,17 +56,20 @@ class fast_double_backward:  # noqa: N801
         # The context for what is checkpointed inside.
         self.recompute_in: Callable[[], AbstractContextManager[Any]] = fast_double_backward
         self.recomputes = False  # whether anything is
+        self.refuse: Callable[[Any], object] | None = None  # raises an error for a function that must not be called
         self._contexts: list[AbstractContextManager[None]] = []
 
     def __enter__(self) -> Any:
         """Select the attention kernel that can be differentiated twice, and begin to replace."""
+        if torch.compiler.is_compiling():
+            return self
         self._contexts.append(_entered(_Mode(self)))
         self._contexts[-1].__enter__()
         return self
 
     def __exit__(self, *raised: Any) -> bool | None:
         """Leave both as they were."""
-        return self._contexts.pop().__exit__(*raised)
+        return self._contexts.pop().__exit__(*raised) if self._contexts else None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Replace what is worth replacing."""
@@ -75,6 +81,8 @@ class fast_double_backward:  # noqa: N801
                 result = _REPLACEMENTS[func](*args, **kwargs)
                 if result is not NotImplemented:
                     return result
+        elif self.refuse and torch.is_grad_enabled():
+            self.refuse(func)
         return func(*args, **kwargs)
 
 
@@ -94,6 +102,8 @@ class _Mode(TorchFunctionMode):
             self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.compiler.is_compiling():  # what a compiler makes of a Function is another function
+            return func(*args, **(kwargs or {}))
         if func is torch.Tensor.dim and args[0] is _PROBE:
             return -1
         context = self._context()
@@ -120,6 +130,6 @@ def _is_entered() -> bool:
 
 
 def _is_plain(x: Any) -> bool:
-    """Real numbers in one block of memory, and no transform of torch.func under way: what the replacements are for."""
-    usual = isinstance(x, torch.Tensor) and not (x.is_complex() or x.is_nested)
-    return usual and not private.under_a_transform()
+    """Real numbers in one block of memory, in eager mode without dual numbers: what the replacements are for."""
+    usual = isinstance(x, torch.Tensor) and not (x.is_complex() or x.is_nested or x.is_quantized or x.is_mkldnn)
+    return usual and not (private.under_a_transform() or private.has_dual_numbers() or private.is_traced())

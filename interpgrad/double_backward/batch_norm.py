@@ -272,6 +272,17 @@ def _like(gradient: Tensor | None, weight: Tensor | None) -> Tensor | None:
     return gradient if gradient is None or weight is None else gradient.to(weight.dtype)
 
 
+def _is_usual(
+    x: Tensor, affine: Sequence[Any], statistics: Sequence[Any], training: Any, momentum: Any, eps: Any
+) -> bool:
+    """Whether stock has nothing to convert, and nothing to refuse before the kernel would."""
+    dtypes = (x.dtype, torch.promote_types(x.dtype, torch.float32))
+    given = [each for each in (*affine, *statistics) if each is not None]
+    vectors = all(isinstance(each, Tensor) and each.dim() == 1 and each.dtype in dtypes for each in given)
+    numbers = type(training) is bool and type(momentum) in (int, float) and type(eps) is float and eps > 0
+    return vectors and numbers and not any(each is not None and each.requires_grad for each in statistics)
+
+
 def _batch_norm(
     input: Tensor,
     running_mean: Tensor | None,
@@ -287,6 +298,8 @@ def _batch_norm(
     Of one row, where inference has no running statistics, they are no batch's: so are weights standardized.
     """
     if input.dim() < 2 or input.numel() <= input.shape[1]:  # nothing to normalize, or one value per channel: an error
+        return NotImplemented
+    if not _is_usual(input, (weight, bias), (running_mean, running_var), training, momentum, eps):
         return NotImplemented
     input, weight = dense(input), weight if weight is None else weight.contiguous()
     freezable = len(input) > 1 or running_mean is not None
@@ -308,16 +321,19 @@ def _instance_norm(
     Inference normalizes with each sample's own statistics, which are part of the network's function, unless there are
     running ones.
     """
-    samples, channels = input.shape[:2] if input.dim() > 2 else (0, 0)
-    if input.numel() <= samples * channels or (running_mean is None) != (running_var is None):
-        return NotImplemented  # nothing to normalize, or one value per channel: an error
+    if not _is_usual(input, (weight, bias), (running_mean, running_var), use_input_stats, momentum, eps):
+        return NotImplemented
+    if (running_mean is None) != (running_var is None) or (running_mean is None and not use_input_stats):  # errors
+        return NotImplemented
+    samples, channels = input.shape[:2] if input.dim() > 2 else (input.numel(), 1)
+    if input.numel() <= samples * channels:  # nothing to normalize, or one value per channel: an error
+        return NotImplemented
     running = [None if each is None else each.repeat(samples) for each in (running_mean, running_var)]
     affine = [None if each is None else each.repeat(samples) for each in (weight, bias)]
     rows = input.contiguous().view(1, samples * channels, *input.shape[2:])
-    training = use_input_stats or running_mean is None
-    y = BatchNorm.apply(rows, *affine, *running, training, momentum, eps, running_mean is not None)
+    y = BatchNorm.apply(rows, *affine, *running, use_input_stats, momentum, eps, running_mean is not None)
     for own, new in zip((running_mean, running_var), running, strict=True):
-        if own is not None and new is not None and training:
+        if own is not None and new is not None and use_input_stats:
             own.copy_(new.view(samples, channels).mean(0))
     return y.view(input.shape)
 

@@ -82,23 +82,33 @@ def _convolution_backward(
     return dx, dweight, dbias
 
 
-def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Any:
-    if x.dim() != weight.dim():  # without a batch dimension
+def sizes(value: Any, dims: int) -> list[int] | None:
+    """An integer for each dimension; None where stock has something to convert, or to refuse."""
+    if type(value) is int:
+        return [value] * dims
+    return [*value] if type(value) in (tuple, list) and [*map(type, value)] == [int] * dims else None
+
+
+def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Any) -> Any:
+    if None in geometry:
         return NotImplemented
     dtype = autocast_dtype(x.device)
+    if dtype is not None:  # what autocast does, outside of the Function, so that the casts are differentiated too
+        x, weight, bias = (_cast(each, dtype) for each in (x, weight, bias))
+    if x.dtype != weight.dtype or (bias is not None and bias.dtype != x.dtype):
+        return NotImplemented  # an error. The kernel would drop what the bias has beyond the others' precision
     if dtype is None:
         return _Convolution.apply(x, weight, bias, geometry)
-    # What autocast does, outside of the Function, so that the casts are differentiated too.
-    tensors = [each if each is None or each.dtype == torch.float64 else each.to(dtype) for each in (x, weight, bias)]
     with without_autocast(x.device):
-        return _Convolution.apply(*tensors, geometry)
+        return _Convolution.apply(x, weight, bias, geometry)
+
+
+def _cast(tensor: Any, dtype: torch.dtype) -> Any:
+    casts = tensor is not None and tensor.is_floating_point() and tensor.dtype != torch.float64
+    return tensor.to(dtype) if casts else tensor
 
 
 def _replace(dims: int, transposed: bool) -> Any:
-
-    def sizes(value: int | Sequence[int]) -> list[int]:
-        value = [value] if isinstance(value, int) else list(value)
-        return value * dims if len(value) == 1 else value
 
     def conv(
         input: Tensor,
@@ -109,17 +119,17 @@ def _replace(dims: int, transposed: bool) -> Any:
         dilation: int | Sequence[int] = 1,
         groups: int = 1,
     ) -> Any:
-        if padding == "same" and set(sizes(stride)) == {1}:
-            total = [d * (k - 1) for d, k in zip(sizes(dilation), weight.shape[2:], strict=True)]
+        if not input.dim() == weight.dim() == dims + 2:  # without a batch dimension, or an error
+            return NotImplemented
+        strides, dilations = sizes(stride, dims), sizes(dilation, dims)
+        if padding == "same" and strides == [1] * dims and dilations:
+            total = [d * (k - 1) for d, k in zip(dilations, weight.shape[2:], strict=True)]
             if any(each % 2 for each in total):  # the odd pixel goes to the end, as in stock
                 input = F.pad(input, [side for each in reversed(total) for side in (0, each % 2)])
             padding = [each // 2 for each in total]
         elif padding == "valid":
             padding = 0
-        if isinstance(padding, str):  # a name or a stride that stock refuses
-            return NotImplemented
-        geometry = (sizes(stride), sizes(padding), sizes(dilation), False, [0] * dims, groups)
-        return _convolution(input, weight, bias, geometry)
+        return _convolution(input, weight, bias, (strides, sizes(padding, dims), dilations, False, [0] * dims, groups))
 
     def conv_transpose(
         input: Tensor,
@@ -131,8 +141,12 @@ def _replace(dims: int, transposed: bool) -> Any:
         groups: int = 1,
         dilation: int | Sequence[int] = 1,
     ) -> Any:
-        geometry = (sizes(stride), sizes(padding), sizes(dilation), True, sizes(output_padding), groups)
-        return _convolution(input, weight, bias, geometry)
+        if not input.dim() == weight.dim() == dims + 2:  # without a batch dimension, or an error
+            return NotImplemented
+        strides, paddings, dilations, extra = (
+            sizes(each, dims) for each in (stride, padding, dilation, output_padding)
+        )
+        return _convolution(input, weight, bias, (strides, paddings, dilations, True, extra, groups))
 
     return conv_transpose if transposed else conv
 

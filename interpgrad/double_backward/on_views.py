@@ -16,36 +16,33 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def by_copy(function: Callable[..., Tensor], view: Tensor, *settings: Any, **named: Any) -> Tensor:
-    """What the function makes of the view, written into it."""
-    return view.copy_(function(view.clone(), *settings, **named))
+def _left_to_stock(*_: Any, **__: Any) -> Any:
+    return NotImplemented
 
 
-def _in_place(function: Callable[..., Tensor]) -> Callable[..., Any]:
-    """The replacement of what does the same in place."""
+def in_place(stock: Callable[..., Tensor], replacement: Callable[..., Any] = _left_to_stock) -> Callable[..., Any]:
+    """The replacement of a stock function that is in place, by its name or where it is told to be.
 
-    def replacement(input: Tensor, *settings: Any, **named: Any) -> Any:
-        return by_copy(function, input, *settings, **named) if input._is_view() else NotImplemented
+    Given what replaces it on tensors that are no views.
+    """
+    always = stock.__name__.endswith("_")
+    position = 0 if always else list(inspect.signature(stock).parameters).index("inplace") - 1  # after the input
 
-    return replacement
+    def replaced(input: Tensor, *settings: Any, **named: Any) -> Any:
+        if always or named.get("inplace") or (len(settings) > position and settings[position]):
+            if input.is_leaf and input.requires_grad:  # an error, which stock raises before it writes
+                return NotImplemented
+            if input._is_view():
+                copy = input.clone()
+                y = replacement(copy, *settings, **named)
+                return input.copy_(stock(copy, *settings, **named) if y is NotImplemented else y)
+        return replacement(input, *settings, **named)
 
-
-def _by_flag(function: Callable[..., Tensor]) -> Callable[..., Any]:
-    """The replacement of a function with an argument `inplace`."""
-    position = list(inspect.signature(function).parameters).index("inplace") - 1  # after the input
-
-    def replacement(input: Tensor, *settings: Any, inplace: bool = False, **named: Any) -> Any:
-        inplace = inplace or (len(settings) > position and settings[position])
-        return (
-            by_copy(function, input, *settings[:position], **named) if inplace and input._is_view() else NotImplemented
-        )
-
-    return replacement
+    return replaced
 
 
 _FLAGGED = (F.elu, F.celu, F.selu, F.threshold, F.rrelu, F.hardswish, F.mish)
-REPLACEMENTS: dict[Any, Callable[..., Any]] = {function: _by_flag(function) for function in _FLAGGED}
-REPLACEMENTS |= {F.elu_: _in_place(F.elu), F.celu_: _in_place(F.celu), F.selu_: _in_place(F.selu)}
-REPLACEMENTS |= {F.threshold_: _in_place(F.threshold), F.rrelu_: _in_place(F.rrelu)}  # type: ignore[attr-defined]
+_ALWAYS = (F.elu_, F.celu_, F.selu_, F.threshold_, F.rrelu_)  # type: ignore[attr-defined]
+REPLACEMENTS: dict[Any, Callable[..., Any]] = {function: in_place(function) for function in (*_FLAGGED, *_ALWAYS)}
 for _name in ("sigmoid", "tanh", "exp", "clamp", "clamp_min", "clamp_max", "clip"):
-    REPLACEMENTS |= {getattr(kind, f"{_name}_"): _in_place(getattr(torch, _name)) for kind in (torch, Tensor)}
+    REPLACEMENTS |= {each: in_place(each) for each in (getattr(torch, f"{_name}_"), getattr(Tensor, f"{_name}_"))}

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from interpgrad.autocast import autocast_dtype
+from interpgrad.double_backward.conv import sizes
 from interpgrad.double_backward.engine import Function
 
 aten = torch.ops.aten
@@ -69,10 +70,10 @@ def _average(dims: int) -> Any:
         count_include_pad: bool = True,
         divisor_override: int | None = None,
     ) -> Any:
-        if _casts(input, dims):
+        windows = _windows(dims, kernel_size, stride, padding)
+        if not windows or _casts(input, dims):
             return NotImplemented
-        sizes = [_sizes(each, dims) for each in (kernel_size, stride or kernel_size, padding)]
-        settings = (*sizes, ceil_mode, count_include_pad, divisor_override)
+        settings = (*windows, ceil_mode, count_include_pad, divisor_override)
         return _Average.apply(input, pool, unpool, settings, settings)
 
     return average
@@ -81,14 +82,16 @@ def _average(dims: int) -> Any:
 def _adaptive(dims: int) -> Any:
     pool, unpool = getattr(aten, f"_adaptive_avg_pool{dims}d"), getattr(aten, f"_adaptive_avg_pool{dims}d_backward")
 
-    def adaptive(input: Tensor, output_size: int | Sequence[int | None] | None) -> Any:
-        sizes = [None] * dims if output_size is None else _sizes(output_size, dims)
-        if len(sizes) != dims or input.dim() < dims or _casts(input, dims):
+    def adaptive(input: Tensor, output_size: Any) -> Any:
+        if input.dim() <= dims or _casts(input, dims):
             return NotImplemented
-        sizes = [own if size is None else size for size, own in zip(sizes, input.shape[-dims:], strict=True)]
-        if set(sizes) == {1}:  # the mean
+        if type(output_size) in (tuple, list) and len(output_size) == dims:
+            pairs = zip(output_size, input.shape[-dims:], strict=True)
+            output_size = [own if size is None else size for size, own in pairs]
+        out = sizes(output_size, dims)
+        if not out or min(out) < 0 or set(out) == {1}:  # of one pixel it is the mean
             return NotImplemented
-        return _Average.apply(input, pool, unpool, (sizes,), ())
+        return _Average.apply(input, pool, unpool, (out,), ())
 
     return adaptive
 
@@ -106,10 +109,10 @@ def _maximum(dims: int) -> Any:
         ceil_mode: bool = False,
         return_indices: bool = False,
     ) -> Any:
-        if return_indices or _casts(input, dims):
+        windows = _windows(dims, kernel_size, stride, padding, dilation)
+        if not windows or type(ceil_mode) is not bool or return_indices or _casts(input, dims):
             return NotImplemented
-        sizes = [_sizes(each, dims) for each in (kernel_size, stride or kernel_size, padding, dilation)]
-        return _Maximum.apply(input, pool, unpool, (*sizes, ceil_mode))
+        return _Maximum.apply(input, pool, unpool, (*windows, ceil_mode))
 
     return maximum
 
@@ -119,9 +122,11 @@ def _casts(input: Tensor, dims: int) -> bool:
     return dims == 3 and autocast_dtype(input.device) is not None
 
 
-def _sizes(value: int | Sequence[Any], dims: int) -> list[Any]:
-    value = [value] if isinstance(value, int) else list(value)
-    return value * dims if len(value) == 1 else value
+def _windows(dims: int, kernel_size: Any, stride: Any, *others: Any) -> list[Any] | None:
+    """For each dimension; None where one of them is left to stock."""
+    stride = kernel_size if stride is None else stride
+    windows = [sizes(each, dims) for each in (kernel_size, stride, *others)]
+    return None if None in windows else windows
 
 
 REPLACEMENTS = {

@@ -6,7 +6,6 @@ other ways, and runs through the backward pass of every layer before. Here the m
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from interpgrad.double_backward.engine import Function
-from interpgrad.double_backward.on_views import by_copy
+from interpgrad.double_backward.on_views import in_place
 
 aten = torch.ops.aten
 
@@ -78,43 +77,46 @@ class Hardtanh(Function):
         return aten.hardtanh_backward(g, saved.detach(), *ctx.limits), None, None, None
 
 
-def _apply(function: Any, input: Tensor, *settings: float, inplace: bool) -> Any:
-    if inplace and input._is_view():
-        return by_copy(function.apply, input, *settings, False)
-    return function.apply(input, *settings, inplace)
+_NUMBERS = (int, float)  # others are left to stock, to convert or to refuse
 
 
 def _relu(input: Tensor, inplace: bool = False) -> Any:
-    return _apply(Relu, input, inplace=inplace)
+    return Relu.apply(input, inplace)
+
+
+def _relu_of_torch(input: Tensor) -> Any:
+    return Relu.apply(input, False)
 
 
 def _relu_(input: Tensor) -> Any:
-    return _relu(input, inplace=True)
-
-
-def _leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Any:
-    if inplace and negative_slope < 0:  # an error in the backward pass
-        return NotImplemented
-    return _apply(LeakyRelu, input, negative_slope, inplace=inplace)
-
-
-def _hardtanh(input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Any:
-    return _apply(Hardtanh, input, min_val, max_val, inplace=inplace)
+    return Relu.apply(input, True)
 
 
 def _relu6(input: Tensor, inplace: bool = False) -> Any:
-    return _hardtanh(input, 0.0, 6.0, inplace)
+    return Hardtanh.apply(input, 0.0, 6.0, inplace)
 
 
-REPLACEMENTS = {
-    F.relu: _relu,
-    torch.relu: _relu,
-    Tensor.relu: _relu,
-    torch.relu_: _relu_,
-    Tensor.relu_: _relu_,
-    F.leaky_relu: _leaky_relu,
-    F.leaky_relu_: functools.partial(_leaky_relu, inplace=True),
-    F.relu6: _relu6,
-    F.hardtanh: _hardtanh,
-    F.hardtanh_: functools.partial(_hardtanh, inplace=True),
-}
+def _leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Any:
+    if type(negative_slope) not in _NUMBERS or (inplace and not negative_slope >= 0):  # an error in the backward pass
+        return NotImplemented
+    return LeakyRelu.apply(input, negative_slope, inplace)
+
+
+def _leaky_relu_(input: Tensor, negative_slope: float = 0.01) -> Any:
+    return _leaky_relu(input, negative_slope, True)
+
+
+def _hardtanh(input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Any:
+    if type(min_val) not in _NUMBERS or type(max_val) not in _NUMBERS or not min_val <= max_val:
+        return NotImplemented
+    return Hardtanh.apply(input, min_val, max_val, inplace)
+
+
+def _hardtanh_(input: Tensor, min_val: float = -1.0, max_val: float = 1.0) -> Any:
+    return _hardtanh(input, min_val, max_val, True)
+
+
+_IN_PLACE: dict[Any, Any] = {F.relu: _relu, F.relu6: _relu6, F.leaky_relu: _leaky_relu, F.hardtanh: _hardtanh}
+_IN_PLACE |= {torch.relu_: _relu_, Tensor.relu_: _relu_, F.leaky_relu_: _leaky_relu_, F.hardtanh_: _hardtanh_}
+REPLACEMENTS = {torch.relu: _relu_of_torch, Tensor.relu: _relu_of_torch}
+REPLACEMENTS |= {stock: in_place(stock, replacement) for stock, replacement in _IN_PLACE.items()}

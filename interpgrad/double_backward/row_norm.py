@@ -169,6 +169,11 @@ def _row_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, norm: _Laye
     return _RowNorm.apply(x, weight, bias, norm)
 
 
+def _is_usual(weight: Any, bias: Any, eps: Any) -> bool:
+    """Whether stock has nothing to convert, and nothing to refuse before the kernel would."""
+    return type(eps) is float and all(each is None or isinstance(each, Tensor) for each in (weight, bias))
+
+
 def _layer_norm(
     input: Tensor,
     normalized_shape: Sequence[int],
@@ -176,7 +181,10 @@ def _layer_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Any:
-    if input.numel() == 0 or tuple(input.shape[-len(normalized_shape) :]) != tuple(normalized_shape):
+    usual = isinstance(normalized_shape, (tuple, list)) and {*map(type, normalized_shape)} == {int}
+    if not usual or not _is_usual(weight, bias, eps):
+        return NotImplemented
+    if input.numel() == 0 or [*input.shape[-len(normalized_shape) :]] != [*normalized_shape]:
         return NotImplemented  # nothing to normalize, or an error
     return _row_norm(input, weight, bias, _Layer(normalized_shape, eps))
 
@@ -184,6 +192,8 @@ def _layer_norm(
 def _group_norm(
     input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
 ) -> Any:
+    if type(num_groups) is not int or not _is_usual(weight, bias, eps):
+        return NotImplemented
     if input.dim() < 2 or input.numel() == 0 or num_groups < 1 or input.shape[1] % num_groups:
         return NotImplemented
     if input.numel() == len(input) * num_groups:  # one value per row: an error

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from interpgrad.autocast import at_least_single
 from interpgrad.double_backward.engine import Function, apply_each
-from interpgrad.double_backward.on_views import by_copy
+from interpgrad.double_backward.on_views import in_place
 
 aten = torch.ops.aten
 
@@ -113,14 +113,11 @@ def _gelu(input: Tensor, approximate: str = "none") -> Any:
 
 
 def _silu(input: Tensor, inplace: bool = False) -> Any:
-    if inplace:
-        return by_copy(Silu.apply, input, None) if input._is_view() else Silu.apply(input.clone(), input)
-    return Silu.apply(input, None)
+    return Silu.apply(input.clone(), input) if inplace else Silu.apply(input, None)
 
 
 def _hardsigmoid(input: Tensor, inplace: bool = False) -> Any:
-    on_view = inplace and input._is_view()
-    return by_copy(Hardsigmoid.apply, input, False) if on_view else Hardsigmoid.apply(input, inplace)
+    return Hardsigmoid.apply(input, inplace)
 
 
-REPLACEMENTS = {F.gelu: _gelu, F.silu: _silu, F.hardsigmoid: _hardsigmoid}
+REPLACEMENTS = {F.gelu: _gelu, F.silu: in_place(F.silu, _silu), F.hardsigmoid: in_place(F.hardsigmoid, _hardsigmoid)}

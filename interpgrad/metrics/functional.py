@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from interpgrad.model import class_logits, classes_to_explain, evaluation_mode, logits_of
+from interpgrad.inputs import Inputs, check_finite, which
+from interpgrad.model import classes_to_explain, evaluation_mode
 
 __all__ = ["HIGHER_IS_BETTER", "PROTOCOLS", "Protocol", "area", "average_drop", "average_gain", "average_increase"]
 __all__ += ["deletion", "deletion_curve", "faithfulness", "insertion", "insertion_curve"]
@@ -28,23 +29,26 @@ class Protocol(NamedTuple):
         blur: pixels, the side of the Gaussian kernel that makes the start of insertion, zero padded.
         sigma: pixels, its standard deviation.
         rows: image rows' worth of pixels changed per step.
+        reflected: whether the Gaussian beyond the kernel is reflected into it, or cut off and the rest normalized.
     """
 
     name: str
     blur: int
     sigma: float
     rows: int
+    reflected: bool = False
 
     def __str__(self) -> str:
         """One line for the foot of a table."""
+        beyond = ", reflected into the kernel" if self.reflected else ""
         return (
-            f"protocol {self.name}: insertion from a {self.blur}x{self.blur} Gaussian blur (sigma {self.sigma:g}, zero "
-            f"padding), deletion to 0 in normalized space, {self.rows} x W pixels per step"
+            f"protocol {self.name}: insertion from a {self.blur}x{self.blur} Gaussian blur (sigma {self.sigma:g}"
+            f"{beyond}, zero padding), deletion to 0 in normalized space, {self.rows} x W pixels per step"
         )
 
 
 PROTOCOLS = {
-    "rise": Protocol("rise", blur=11, sigma=5.0, rows=1),  # RISE's own evaluation
+    "rise": Protocol("rise", blur=11, sigma=5.0, rows=1, reflected=True),  # RISE's own evaluation
     "ca_stream": Protocol("ca_stream", blur=5, sigma=5.0, rows=8),  # the paper's authors' later evaluator
 }
 
@@ -98,9 +102,11 @@ def insertion(
     *,
     protocol: str | Protocol = "rise",
     chunk_size: int = 64,
+    model_kwargs: Mapping[str, Any] | None = None,
 ) -> Tensor:
     """The area (N,), a fraction of 1, under `insertion_curve`, whose arguments and errors it shares."""
-    return area(insertion_curve(model, x, maps, target, protocol=protocol, chunk_size=chunk_size))
+    curve = insertion_curve(model, x, maps, target, protocol=protocol, chunk_size=chunk_size, model_kwargs=model_kwargs)
+    return area(curve)
 
 
 def deletion(
@@ -111,9 +117,11 @@ def deletion(
     *,
     protocol: str | Protocol = "rise",
     chunk_size: int = 64,
+    model_kwargs: Mapping[str, Any] | None = None,
 ) -> Tensor:
     """The area (N,), a fraction of 1, under `deletion_curve`, whose arguments and errors it shares."""
-    return area(deletion_curve(model, x, maps, target, protocol=protocol, chunk_size=chunk_size))
+    curve = deletion_curve(model, x, maps, target, protocol=protocol, chunk_size=chunk_size, model_kwargs=model_kwargs)
+    return area(curve)
 
 
 def insertion_curve(
@@ -124,6 +132,7 @@ def insertion_curve(
     *,
     protocol: str | Protocol = "rise",
     chunk_size: int = 64,
+    model_kwargs: Mapping[str, Any] | None = None,
 ) -> Tensor:
     """Probabilities (N, steps + 1) of the class while the blurred images are revealed, most salient pixels first.
 
@@ -134,17 +143,18 @@ def insertion_curve(
         target: class indices (N,), one for all, or None for the classes predicted for x.
         protocol: "rise", "ca_stream" or a `Protocol`.
         chunk_size: at most so many images at once.
+        model_kwargs: further arguments of the model by name, as of `interpgrad.saliency.gradient`.
 
     Raises:
         TypeError, ValueError: x or maps of the wrong type or shape, maps with NaN or outside of [0, 1], a target that
-            is no class, an unknown protocol.
+            is no class, an unknown protocol, a tensor of model_kwargs without a row for each image.
 
     >>> model = nn.Sequential(nn.Flatten(), nn.Linear(48, 5))
     >>> insertion_curve(model, torch.randn(2, 3, 4, 4), torch.rand(2, 4, 4)).shape
     torch.Size([2, 5])
     """
     with evaluation_mode(model, gradients=False):
-        images = _Perturbation(model, x, maps, target, protocol, chunk_size)
+        images = _Perturbation(model, x, maps, target, protocol, chunk_size, model_kwargs)
         return images.inserted(range(images.steps + 1))
 
 
@@ -156,6 +166,7 @@ def deletion_curve(
     *,
     protocol: str | Protocol = "rise",
     chunk_size: int = 64,
+    model_kwargs: Mapping[str, Any] | None = None,
 ) -> Tensor:
     """Probabilities (N, steps + 1) of the class while pixels are set to 0, most salient first.
 
@@ -166,7 +177,7 @@ def deletion_curve(
     torch.Size([2, 5])
     """
     with evaluation_mode(model, gradients=False):
-        images = _Perturbation(model, x, maps, target, protocol, chunk_size)
+        images = _Perturbation(model, x, maps, target, protocol, chunk_size, model_kwargs)
         return images.deleted(range(images.steps + 1))
 
 
@@ -190,6 +201,7 @@ def faithfulness(
     protocol: str | Protocol = "rise",
     denominator: str = "1-y",
     chunk_size: int = 64,
+    model_kwargs: Mapping[str, Any] | None = None,
 ) -> dict[str, Tensor]:
     """All five metrics per sample in percent, {"AD", "AG", "AI", "INS", "DEL"} -> (N,), from shared forward passes.
 
@@ -201,7 +213,7 @@ def faithfulness(
     ['AD', 'AG', 'AI', 'DEL', 'INS']
     """
     with evaluation_mode(model, gradients=False):
-        images = _Perturbation(model, x, maps, target, protocol, chunk_size)
+        images = _Perturbation(model, x, maps, target, protocol, chunk_size, model_kwargs)
         y, o = images.probability, images.masked(mean, std)
         # The image itself ends the one curve and begins the other.
         inserted = torch.cat([images.inserted(range(images.steps)), y[:, None]], 1)
@@ -220,54 +232,66 @@ class _Perturbation:
     """Images whose pixels change in the order of their saliency, and the probabilities of the class explained."""
 
     def __init__(
-        self, model: nn.Module, x: Tensor, maps: Tensor, target: Any, protocol: str | Protocol, chunk_size: int
+        self,
+        model: nn.Module,
+        x: Tensor,
+        maps: Tensor,
+        target: Any,
+        protocol: str | Protocol,
+        chunk_size: int,
+        model_kwargs: Mapping[str, Any] | None,
     ) -> None:
         _check_images(x, maps, chunk_size)
         self.protocol = _resolve(protocol)
-        self.model, self.x, self.chunk_size = model, x.detach(), chunk_size
+        self.model, self.inputs, self.chunk_size = model, Inputs(x.detach(), model_kwargs), chunk_size
         self.maps = _resize(maps.detach().clamp(0, 1), x.shape[-2:])
         self.per_step = self.protocol.rows * x.shape[-1]
         # One order for insertion and deletion.
         order = self.maps.flatten(1).argsort(dim=1, descending=True, stable=True)
         self.rank = order.argsort(dim=1).view_as(self.maps)[:, None]
         self.steps = -(-x.shape[-2] * x.shape[-1] // self.per_step)
-        logits = torch.cat([class_logits(logits_of(model(images))) for images in torch.split(self.x, chunk_size)])
+        logits = torch.cat([images.logits(model) for images in self.inputs.split(chunk_size)])
         self.classes = classes_to_explain(target, logits)
         self.probability = _probability(logits, self.classes)
 
     def masked(self, mean: _PerChannel, std: _PerChannel) -> Tensor:
         """The probabilities (N,) of the images under their maps."""
-        channels = self.x.shape[1]
         settings = ((mean, 0.0), (std, 1.0))
         shift, spread = (
-            _per_channel(default if value is None else value, channels, self.x) for value, default in settings
+            _per_channel(default if value is None else value, self.inputs.x) for value, default in settings
         )
         found = []
-        for x, maps, classes in zip(
-            *(torch.split(each, self.chunk_size) for each in (self.x, self.maps, self.classes)), strict=True
+        for images, maps, classes in zip(
+            self.inputs.split(self.chunk_size),
+            torch.split(self.maps, self.chunk_size),
+            torch.split(self.classes, self.chunk_size),
+            strict=True,
         ):
+            x = images.x
             masked = ((x * spread + shift) * maps[:, None].to(x.dtype) - shift) / spread
-            found.append(_probability(class_logits(logits_of(self.model(masked))), classes))
+            found.append(_probability(images.with_images(masked).logits(self.model), classes))
         return torch.cat(found)
 
     def inserted(self, steps: range) -> Tensor:
         """The probabilities (N, len(steps)) after so many steps of insertion."""
-        return self._replaced(_blur(self.x, self.protocol), self.x, steps)
+        blurred = self.inputs.with_images(_blur(self.inputs.x, self.protocol))
+        return self._replaced(blurred, self.inputs.x, steps)
 
     def deleted(self, steps: range) -> Tensor:
         """The probabilities (N, len(steps)) after so many steps of deletion."""
-        return self._replaced(self.x, torch.zeros_like(self.x), steps)
+        return self._replaced(self.inputs, torch.zeros_like(self.inputs.x), steps)
 
-    def _replaced(self, before: Tensor, after: Tensor, steps: range) -> Tensor:
-        samples = torch.arange(len(self.x), device=self.x.device).repeat_interleave(len(steps))
-        changed = (torch.tensor(steps, device=self.x.device) * self.per_step).repeat(len(self.x))
+    def _replaced(self, before: Inputs, after: Tensor, steps: range) -> Tensor:
+        samples = torch.arange(len(after), device=after.device).repeat_interleave(len(steps))
+        changed = (torch.tensor(steps, device=after.device) * self.per_step).repeat(len(after))
         found = []
         for of_image, count in zip(
             torch.split(samples, self.chunk_size), torch.split(changed, self.chunk_size), strict=True
         ):
-            images = torch.where(self.rank[of_image] < count[:, None, None, None], after[of_image], before[of_image])
-            found.append(_probability(class_logits(logits_of(self.model(images))), self.classes[of_image]))
-        return torch.cat(found).view(len(self.x), len(steps))
+            copies = before[of_image]
+            images = torch.where(self.rank[of_image] < count[:, None, None, None], after[of_image], copies.x)
+            found.append(_probability(copies.with_images(images).logits(self.model), self.classes[of_image]))
+        return torch.cat(found).view(len(after), len(steps))
 
 
 def _probability(logits: Tensor, classes: Tensor) -> Tensor:
@@ -277,12 +301,24 @@ def _probability(logits: Tensor, classes: Tensor) -> Tensor:
 
 def _blur(x: Tensor, protocol: Protocol) -> Tensor:
     """A Gaussian blur, zero padded, so that it darkens towards the border as RISE's does."""
-    offsets = torch.arange(protocol.blur, dtype=x.dtype, device=x.device) - (protocol.blur - 1) / 2
-    line = torch.exp(-offsets.square() / (2 * protocol.sigma**2))
-    line = (line / line.sum()).view(1, 1, -1, 1).expand(x.shape[1], 1, -1, 1)
+    line = _line(protocol, x).view(1, 1, -1, 1).expand(x.shape[1], 1, -1, 1)
     padding = protocol.blur // 2
     vertical = F.conv2d(x, line, padding=(padding, 0), groups=x.shape[1])
     return F.conv2d(vertical, line.transpose(2, 3), padding=(0, padding), groups=x.shape[1])
+
+
+def _line(protocol: Protocol, x: Tensor) -> Tensor:
+    """The kernel of the blur along one dimension, (blur,), its sum 1.
+
+    RISE's is a point filtered by scipy.ndimage.gaussian_filter, which reflects at the edges of the kernel and is cut
+    off at 4 sigma. A point in the centre of an odd number of pixels has an image in the centre of every reflection.
+    """
+    reach = int(4 * protocol.sigma + 0.5) if protocol.reflected else protocol.blur // 2
+    reflections = -(-(reach - protocol.blur // 2) // protocol.blur)
+    side = protocol.blur * (2 * reflections + 1)
+    offsets = torch.arange(side, dtype=x.dtype, device=x.device) - (side - 1) / 2
+    line = torch.exp(-offsets.square() / (2 * protocol.sigma**2)) * (offsets.abs() <= reach)
+    return (line / line.sum()).view(-1, protocol.blur).sum(0)
 
 
 def _resize(maps: Tensor, size: torch.Size) -> Tensor:
@@ -295,8 +331,8 @@ def _ratio(part: Tensor, whole: Tensor) -> Tensor:
     return torch.where(whole > 0, part / whole, 0)
 
 
-def _per_channel(value: float | Sequence[float] | Tensor, channels: int, x: Tensor) -> Tensor:
-    values = torch.as_tensor(value, dtype=x.dtype, device=x.device).flatten()
+def _per_channel(value: float | Sequence[float] | Tensor, x: Tensor) -> Tensor:
+    values, channels = torch.as_tensor(value, dtype=x.dtype, device=x.device).flatten(), x.shape[1]
     if len(values) not in (1, channels):
         raise ValueError(f"expected mean and std to have 1 value or {channels}, one per channel, got {len(values)}.")
     return values.view(1, -1, 1, 1)
@@ -321,13 +357,9 @@ def _check_images(x: Any, maps: Any, chunk_size: int) -> None:
     if len(maps) != len(x):
         raise ValueError(f"expected one map for each of the {len(x)} images, got {len(maps)}.")
     if maps.isnan().any():
-        count = int(maps.isnan().flatten(1).any(1).sum())
-        raise ValueError(f"expected maps without NaN, got NaN in {count} of {len(maps)}: mend or drop them first.")
-    if not x.isfinite().all():
-        count = int((~x.isfinite()).flatten(1).any(1).sum())
-        raise ValueError(
-            f"expected finite images, got NaN or infinity in {count} of {len(x)}: mend or drop them first."
-        )
+        marked = maps.isnan().flatten(1).any(1)
+        raise ValueError(f"expected maps without NaN, got NaN in {which(marked)}: mend or drop them first.")
+    check_finite(x)
     if maps.min() < -_ROUNDING or maps.max() > 1 + _ROUNDING:
         raise ValueError(
             f"expected maps in [0, 1], got values from {float(maps.min()):.3g} to {float(maps.max()):.3g}: scale each "

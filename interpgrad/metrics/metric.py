@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,10 +26,10 @@ _INSTANCES = itertools.count()
 class Faithfulness(Metric):
     """Means of the five faithfulness metrics, in percent, over batches and ranks.
 
-    `update(x, maps, target=None)` as of `interpgrad.metrics.faithfulness`, whose keyword arguments the constructor
-    takes; `compute()` returns {"AD", "AG", "AI", "INS", "DEL"} -> 0-dim tensor. Which of them are the better the higher
-    says `interpgrad.metrics.HIGHER_IS_BETTER`, since torchmetrics has one answer for a metric. The model is held, not
-    registered: the metric neither moves nor stores it.
+    `update(x, maps, target=None, model_kwargs=None)` as of `interpgrad.metrics.faithfulness`, whose other keyword
+    arguments the constructor takes; `compute()` returns {"AD", "AG", "AI", "INS", "DEL"} -> 0-dim tensor. Which of them
+    are the better the higher says `interpgrad.metrics.HIGHER_IS_BETTER`, since torchmetrics has one answer for a
+    metric. The model is held, not registered: the metric neither moves nor stores it.
 
     >>> model = nn.Sequential(nn.Flatten(), nn.Linear(48, 5))
     >>> metric = Faithfulness(model)
@@ -79,9 +79,11 @@ class Faithfulness(Metric):
         copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         return copied
 
-    def update(self, x: Tensor, maps: Tensor, target: Any = None) -> None:
-        """Add a batch: images (N, C, H, W), maps (N, h, w) in [0, 1], the classes they explain."""
-        found = faithfulness(self.model, x, maps, target, **self.settings)
+    def update(
+        self, x: Tensor, maps: Tensor, target: Any = None, *, model_kwargs: Mapping[str, Any] | None = None
+    ) -> None:
+        """Add a batch: images (N, C, H, W), maps (N, h, w) in [0, 1], the classes they explain, further arguments."""
+        found = faithfulness(self.model, x, maps, target, model_kwargs=model_kwargs, **self.settings)
         self.total += torch.stack([found[name].sum() for name in HIGHER_IS_BETTER]).to(self.total)
         self.count += len(x)
 

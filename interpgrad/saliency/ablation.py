@@ -12,11 +12,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from interpgrad.inputs import Inputs
 from interpgrad.saliency.layer import Layer
 
 
 def ablated_scores(
-    probe: Layer, images: Tensor, classes: Tensor, scores: Tensor, pairs: Tensor, chunk_size: int | None
+    probe: Layer, images: Inputs, classes: Tensor, scores: Tensor, pairs: Tensor, chunk_size: int | None
 ) -> Tensor:
     """The scores (P,) of the copies, at most `chunk_size` at once."""
     for way in (_after_layer, _after_layer_one_by_one):
@@ -39,13 +40,14 @@ class _NotFromLayerError(Exception):
 
 
 def _after_layer(
-    probe: Layer, images: Tensor, classes: Tensor, score: Tensor, pairs: Tensor, chunk_size: int | None
+    probe: Layer, images: Inputs, classes: Tensor, score: Tensor, pairs: Tensor, chunk_size: int | None
 ) -> Tensor:
     """The network up to the layer runs once for the images of a chunk; from there on, it is given the copies."""
     found = []
     for of_image, channel in in_chunks(pairs, chunk_size):
         first, last = int(of_image[0]), int(of_image[-1]) + 1
-        untouched = torch.arange(first, last, device=pairs.device)
+        # None where it would be if what belongs to the images were repeated to the number of copies.
+        untouched = first + (torch.arange(last - first, device=pairs.device) + len(channel) + 1) % (last - first)
         rows = torch.cat([of_image, untouched])
 
         def copies(output: Tensor, rows: Tensor = rows - first, channel: Tensor = channel) -> Tensor:
@@ -57,7 +59,7 @@ def _after_layer(
             logits = probe.run(images[first:last], copies)
         except torch.OutOfMemoryError:
             raise
-        except (RuntimeError, ValueError) as reason:
+        except (RuntimeError, ValueError, IndexError) as reason:
             raise _NotFromLayerError from reason
         # The copies left as they were must score as the images did, or the network mixes what it has no right to.
         if logits.shape[:1] != rows.shape or not _close(
@@ -69,7 +71,7 @@ def _after_layer(
 
 
 def _after_layer_one_by_one(
-    probe: Layer, images: Tensor, classes: Tensor, score: Tensor, pairs: Tensor, chunk_size: int | None
+    probe: Layer, images: Inputs, classes: Tensor, score: Tensor, pairs: Tensor, chunk_size: int | None
 ) -> Tensor:
     """The same image by image: a residual branch of one image broadcasts with the copies."""
     found = [
@@ -80,7 +82,7 @@ def _after_layer_one_by_one(
 
 
 def _whole_network(
-    probe: Layer, images: Tensor, classes: Tensor, score: Tensor, pairs: Tensor, chunk_size: int | None
+    probe: Layer, images: Inputs, classes: Tensor, score: Tensor, pairs: Tensor, chunk_size: int | None
 ) -> Tensor:
     """Every copy runs through the whole network."""
     found = [score[:0]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor, nn
 from interpgrad.criteria import Criterion
 from interpgrad.forward import check_images, forward_without_trace
 from interpgrad.gradients import backward_passes
-from interpgrad.model import class_logits, classes_to_explain, evaluation_mode, logits_of
+from interpgrad.inputs import Inputs
+from interpgrad.model import class_logits, classes_to_explain, evaluation_mode
 from interpgrad.settings import Settings
 
 
@@ -21,6 +23,7 @@ def gradient(
     *,
     criterion: Criterion | str = "logit",
     chunk_size: int | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
 ) -> Tensor:
     """The input gradient of the target's logit, or of another function of the logits.
 
@@ -31,12 +34,15 @@ def gradient(
         criterion: what to differentiate: "logit", "log_prob", "cross_entropy" or a callable
             `(logits, target) -> 0-dim tensor`, as in `interpgrad.input_gradients`.
         chunk_size: at most so many images at once; None is all.
+        model_kwargs: further arguments of the model by name. A tensor has one row for each image; anything else is
+            handed on as it is. x is the first parameter of the model's `forward` that they do not name.
 
     Returns:
         (N, C, H, W), the units of the criterion per unit of x; signed.
 
     Raises:
-        TypeError, ValueError: x is no floating point tensor or empty; a target that is no class.
+        TypeError, ValueError: x is no floating point tensor or empty; a target that is no class; a tensor of
+            model_kwargs without a row for each image.
 
     Source: Simonyan et al., "Deep Inside Convolutional Networks", arXiv 1312.6034.
 
@@ -44,8 +50,8 @@ def gradient(
     >>> gradient(model, torch.randn(2, 3, 8, 8)).shape
     torch.Size([2, 3, 8, 8])
     """
-    check_images(x)
-    return _gradient(model, x, target, Settings(criterion), chunk_size, guided=False)
+    inputs = Inputs(check_images(x).detach(), model_kwargs)
+    return _gradient(model, inputs, target, Settings(criterion), chunk_size, guided=False)
 
 
 def guided_gradient(
@@ -56,6 +62,7 @@ def guided_gradient(
     criterion: Criterion | str = "logit",
     activations: str = "all",
     chunk_size: int | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
 ) -> Tensor:
     """The guided-backpropagation gradient of the target's logit.
 
@@ -68,17 +75,17 @@ def guided_gradient(
     >>> guided_gradient(model, torch.randn(2, 3, 8, 8), target=3).shape
     torch.Size([2, 3, 8, 8])
     """
-    check_images(x)
-    return _gradient(model, x, target, Settings(criterion, activations=activations), chunk_size, guided=True)
+    inputs = Inputs(check_images(x).detach(), model_kwargs)
+    return _gradient(model, inputs, target, Settings(criterion, activations=activations), chunk_size, guided=True)
 
 
 def _gradient(
-    model: nn.Module, x: Tensor, target: Any, settings: Settings, chunk_size: int | None, *, guided: bool
+    model: nn.Module, inputs: Inputs, target: Any, settings: Settings, chunk_size: int | None, *, guided: bool
 ) -> Tensor:
     parts: list[Tensor] = []
     with evaluation_mode(model, gradients=True):
-        for images, given in chunks(x.detach(), target, chunk_size):
-            forward = forward_without_trace(model, images)
+        for images, given in chunks(inputs, target, chunk_size):
+            forward = forward_without_trace(model, images.x, (), images.kwargs)
             classes = classes_to_explain(given, class_logits(forward.logits))
             with backward_passes(forward, classes, settings, create_graph=False) as passes:
                 parts.append(passes.gradient(guided=guided))
@@ -95,6 +102,7 @@ def smooth_gradient(
     criterion: Criterion | str = "logit",
     chunk_size: int | None = 64,
     generator: torch.Generator | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
 ) -> Tensor:
     """SmoothGrad: the mean input gradient over `samples` noisy copies of each image.
 
@@ -108,16 +116,16 @@ def smooth_gradient(
     >>> smooth_gradient(model, torch.randn(2, 3, 8, 8), samples=4).shape
     torch.Size([2, 3, 8, 8])
     """
-    check_images(x)
+    inputs = Inputs(check_images(x).detach(), model_kwargs)
     if noise < 0 or samples < 1:
         raise ValueError(f"expected noise >= 0 and samples >= 1, got noise={noise} and samples={samples}.")
-    chunks(x, target, chunk_size)  # for its complaints
-    x, size = x.detach(), chunk_size or len(x) * samples
+    chunks(inputs, target, chunk_size)  # for its complaints
+    x, size = inputs.x, chunk_size or len(x) * samples
     generator = generator or torch.Generator(x.device).manual_seed(0)
     classes = target
     if target is None:
         with evaluation_mode(model, gradients=False):
-            logits = torch.cat([class_logits(logits_of(model(images))) for images, _ in chunks(x, None, chunk_size)])
+            logits = torch.cat([images.logits(model) for images, _ in chunks(inputs, None, chunk_size)])
             classes = classes_to_explain(None, logits)
     classes = torch.as_tensor(classes, device=x.device).expand(len(x))
     sigma = noise * (x.flatten(1).amax(1) - x.flatten(1).amin(1))
@@ -126,25 +134,27 @@ def smooth_gradient(
     for of_image in torch.split(rows, size):
         # Drawn one by one, so that the result does not depend on the size of the chunks.
         drawn = [torch.randn(x.shape[1:], dtype=x.dtype, device=x.device, generator=generator) for _ in of_image]
-        noisy = x[of_image] + sigma[of_image].view(-1, *[1] * (x.dim() - 1)) * torch.stack(drawn)
-        found = gradient(model, noisy, classes[of_image], criterion=criterion)
+        copies = inputs[of_image]
+        noisy = copies.x + sigma[of_image].view(-1, *[1] * (x.dim() - 1)) * torch.stack(drawn)
+        found = gradient(model, noisy, classes[of_image], criterion=criterion, model_kwargs=copies.kwargs)
         for index, of_one in enumerate(torch.split(found, of_image.bincount().tolist())):
             if len(of_one):
                 total[index] += of_one.sum(0)  # in one order, unlike index_add_ on CUDA
     return total / samples
 
 
-def chunks(x: Tensor, target: Any, size: int | None) -> list[tuple[Tensor, Any]]:
+def chunks(inputs: Inputs, target: Any, size: int | None) -> list[tuple[Inputs, Any]]:
     """Pairs of at most `size` images and their targets."""
     if size is not None and size < 1:
         raise ValueError(f"expected chunk_size of at least 1, or None, got {size}.")
-    size = size or len(x)
+    size = size or len(inputs)
+    parts = inputs.split(size)
     if target is None or torch.as_tensor(target).dim() == 0:
-        return [(images, target) for images in torch.split(x, size)]
+        return [(images, target) for images in parts]
     target = torch.as_tensor(target)
-    if len(target) != len(x):
+    if len(target) != len(inputs):
         raise ValueError(
-            f"expected target to be one class index or one for each of the {len(x)} images, got shape "
+            f"expected target to be one class index or one for each of the {len(inputs)} images, got shape "
             f"{tuple(target.shape)}."
         )
-    return list(zip(torch.split(x, size), torch.split(target, size), strict=True))
+    return list(zip(parts, torch.split(target, size), strict=True))

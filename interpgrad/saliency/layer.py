@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from interpgrad.cleanup import removed_hooks
-from interpgrad.model import class_logits, logits_of, unwrap
+from interpgrad.inputs import Inputs
+from interpgrad.model import unwrap
 
 Reshape = Callable[[Tensor], Tensor]
 
@@ -27,8 +28,8 @@ class Layer:
         self.module, self.name = _find(self.model, layer)
         self.reshape = reshape
 
-    def run(self, x: Tensor, change: Callable[[Tensor], Tensor | None]) -> Tensor:
-        """The logits of x, with the layer's output replaced by what `change` makes of it (None: left as it is)."""
+    def run(self, inputs: Inputs, change: Callable[[Tensor], Tensor | None]) -> Tensor:
+        """The logits of the inputs, with the layer's output replaced by what `change` makes of it (None: left)."""
         calls = 0
 
         def hook(_: nn.Module, __: Any, output: Any) -> Any:
@@ -47,7 +48,7 @@ class Layer:
 
         with removed_hooks() as hooks:
             hooks.append(self.module.register_forward_hook(hook))
-            logits = class_logits(logits_of(self.model(x)))
+            logits = inputs.logits(self.model)
         if not calls:
             raise RuntimeError(
                 f"expected layer {self.name!r} to be called in the forward pass, it was not: choose one that the "
