@@ -465,6 +465,32 @@ def test_further_arguments_without_a_row_for_each_image(name):
         evaluated(name, Told(), x, maps, y, {"strength": x.new_ones(1, 3), "mode": "square"}, 64)
 
 
+@given(st.integers(1, 3), st.integers(1, 3), st.integers(0, 100))
+def test_the_grid_pointing_game(side, count, seed):
+    """By loops over cells: what is put where, and the share of each."""
+    x = torch.randn(count * side**2, 2, 3, 4, generator=seeded(seed))
+    maps = torch.randn(count, 3 * side, 4 * side, generator=seeded(seed + 1))
+    mosaics, shares = metrics.grid(x, side), metrics.grid_pointing(maps, side)
+    for index in range(count):
+        positive = maps[index].clamp(min=0)
+        for row in range(side):
+            for column in range(side):
+                cell = row * side + column
+                window = (slice(3 * row, 3 * row + 3), slice(4 * column, 4 * column + 4))
+                assert torch.equal(mosaics[index][:, window[0], window[1]], x[index * side**2 + cell])
+                torch.testing.assert_close(shares[index, cell], positive[window].sum() / positive.sum())
+
+
+def test_grids_of_another_size():
+    assert not metrics.grid_pointing(-torch.ones(1, 4, 4)).any()
+    for images in (torch.zeros(3, 1, 2, 2), torch.zeros(0, 1, 2, 2), torch.zeros(4, 2, 2)):
+        with pytest.raises(ValueError, match=r"expected images .* that they fill grids of 2x2"):
+            metrics.grid(images)
+    for maps in (torch.zeros(1, 5, 4), torch.zeros(4, 4)):
+        with pytest.raises(ValueError, match=r"expected maps .* of 2x2 equal cells, got shape"):
+            metrics.grid_pointing(maps)
+
+
 def test_bad_probabilities():
     y = torch.tensor([0.5, 0.5])
     for bad in (torch.tensor([0.5, 1.5]), torch.tensor([0.5, float("nan")])):

@@ -41,8 +41,8 @@ _PROBE = torch.empty(0, device="cpu")
 class fast_double_backward:  # noqa: N801
     """Context manager: a forward pass inside it can be differentiated twice at little more than a native pass each.
 
-    A first derivative whose own is zero everywhere, as of rectifiers alone, may require no gradient, where stock's does.
-    While torch.compile traces, nothing is replaced.
+    A first derivative whose own is zero everywhere, as of rectifiers alone, may not require a gradient, though stock's
+    does. While torch.compile traces, nothing is replaced.
 
     >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.ReLU())
     >>> x = torch.randn(2, 3, 8, 8, requires_grad=True)

@@ -13,7 +13,7 @@ from interpgrad.inputs import Inputs, check_finite, which
 from interpgrad.model import classes_to_explain, evaluation_mode
 
 __all__ = ["HIGHER_IS_BETTER", "PROTOCOLS", "Protocol", "area", "average_drop", "average_gain", "average_increase"]
-__all__ += ["deletion", "deletion_curve", "faithfulness", "insertion", "insertion_curve"]
+__all__ += ["deletion", "deletion_curve", "faithfulness", "grid", "grid_pointing", "insertion", "insertion_curve"]
 
 _PerChannel = float | Sequence[float] | Tensor | None
 _ROUNDING = 1e-5  # by which maps may leave [0, 1]
@@ -188,6 +188,42 @@ def area(curve: Tensor) -> Tensor:
     tensor([0.5000])
     """
     return torch.trapezoid(curve) / (curve.shape[-1] - 1)
+
+
+def grid(x: Tensor, side: int = 2) -> Tensor:
+    """Images (M, C, side H, side W) of side x side of the images (M side², C, H, W) each, in reading order.
+
+    For the grid pointing game: see `grid_pointing`. ValueError for a number of images that does not fill the grids.
+
+    >>> grid(torch.arange(4.0).view(4, 1, 1, 1))
+    tensor([[[[0., 1.],
+              [2., 3.]]]])
+    """
+    if x.dim() != 4 or not len(x) or len(x) % side**2:
+        raise ValueError(
+            f"expected images (N, C, H, W), so many that they fill grids of {side}x{side}, got shape {tuple(x.shape)}."
+        )
+    cells = x.view(-1, side, side, *x.shape[1:])
+    return cells.permute(0, 3, 1, 4, 2, 5).reshape(len(cells), x.shape[1], side * x.shape[2], side * x.shape[3])
+
+
+def grid_pointing(maps: Tensor, side: int = 2) -> Tensor:
+    """The share (M, side²), in [0, 1], of each map's positive values that lies in each cell of its grid.
+
+    The grid pointing game: sure images of different classes are put into one by `grid`, the map (M, H, W) explains the
+    class of a cell, and its share there is the score. Chance is 1 / side². A map without positive values has shares 0.
+
+    Source: Böhle et al., "Convolutional Dynamic Alignment Networks", arXiv 2104.00032, section 4.2. ValueError for a
+    map that the cells do not divide.
+
+    >>> grid_pointing(torch.tensor([[[3.0, 1.0], [-1.0, 0.0]]]))
+    tensor([[0.7500, 0.2500, 0.0000, 0.0000]])
+    """
+    if maps.dim() != 3 or maps.shape[1] % side or maps.shape[2] % side:
+        raise ValueError(f"expected maps (M, H, W) of {side}x{side} equal cells, got shape {tuple(maps.shape)}.")
+    positive = maps.clamp(min=0)
+    cells = F.avg_pool2d(positive[:, None], (maps.shape[1] // side, maps.shape[2] // side)).flatten(1)
+    return _ratio(cells, cells.sum(1, keepdim=True))
 
 
 def faithfulness(
