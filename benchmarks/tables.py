@@ -272,6 +272,124 @@ def attempts(stored: dict[str, Any]) -> str:
     return "\n\n".join(paired_table({base: group[base]} | group, base) for base, group in groups.items())
 
 
+# what of it is shown -> the heading, and the direction that is the better
+PARETO = {
+    "accuracy": "accuracy ↑",
+    "agreement with SmoothGrad": "agreement with its SmoothGrad ↑",
+    "between seeds": "agreement between seeds ↑",
+    "insertion of delta": "insertion of \\|δ\\|/y ↑",
+    "deletion of delta": "deletion of \\|δ\\|/y ↓",
+    "smooth": "smooth",
+    "cosine of the two top classes": "cos of the two top classes ↓",
+    "cosine with another class": "cos with another class ↓",
+    "grid pointing": "grid pointing ↑",
+    "accuracy under noise 0.1": "accuracy under noise 0.1 ↑",
+    "accuracy after a step of 0.25": "accuracy after a step of 0.25 ↑",
+}
+PLAIN_NETWORK = "ReLU"
+
+
+def _pareto_rows(stored: dict[str, Any]) -> dict[str, dict[str, dict[str, float]]]:
+    """Title -> seed -> figures; a seed's agreement with others is the mean over them. Seeds that all have."""
+    rows: dict[str, dict[str, dict[str, float]]] = {}
+    for title, seeds in sorted(stored["results"].items(), key=lambda each: _family(each[0])):
+        pairs = stored["between seeds"][title]
+        for seed, figures in sorted(seeds.items()):
+            of_seed = statistics.fmean(value for pair, value in pairs.items() if seed in pair.split())
+            rows.setdefault(title, {})[seed] = figures | {"between seeds": of_seed}
+    return rows
+
+
+def _family(title: str) -> tuple[str, str, float]:
+    """The network, what was done to it, how strongly: "ReLU, noise 0.05" is ReLU, noise, 0.05."""
+    network, _, method = title.partition(", ")
+    name, _, strength = method.rpartition(" ")
+    return network, name, float(strength or 0)
+
+
+def _difference(values: Iterable[float]) -> str:
+    values = list(values)
+    return f"{statistics.fmean(values):+.3f} ± {statistics.stdev(values):.3f}"
+
+
+def pareto(stored: dict[str, Any]) -> str:
+    """Every method at every strength: differences to the plain ReLU network, seed by seed."""
+    rows, lines = _pareto_rows(stored), []
+    for title, seeds in rows.items():
+        cells = []
+        for name in PARETO:
+            values = [figures[name] for figures in seeds.values()]
+            plain = title == PLAIN_NETWORK
+            mean = f"{statistics.fmean(values):.3f} ± {statistics.stdev(values):.3f}"
+            differences = [seeds[seed][name] - rows[PLAIN_NETWORK][seed][name] for seed in seeds]
+            cells.append(mean if plain else _difference(differences))
+        lines.append([title, str(len(seeds)), *cells])
+    return f"{markdown_table(['', 'seeds', *PARETO.values()], lines)}\n\n{_about_pareto(stored)}"
+
+
+def pareto_equal(price: float) -> Callable[[dict[str, Any]], str]:
+    """Every family at the strength that costs so much accuracy, between the strengths that were trained."""
+
+    def render(stored: dict[str, Any]) -> str:
+        rows = _pareto_rows(stored)
+        families: dict[tuple[str, str], list[str]] = {}
+        for title in rows:
+            network, name, _ = _family(title)
+            families.setdefault((network, name), [network] if name else []).append(title)
+        lines = [_at_price(rows, titles, price) for titles in families.values() if titles != [PLAIN_NETWORK]]
+        for name in ("delta, 3x3 mean", "SmoothGrad 4", "SmoothGrad 16"):
+            lines.append(_afterwards(rows[PLAIN_NETWORK], name))
+        headings = ["", "strength", *PARETO.values()]
+        return f"{markdown_table(headings, lines)}\n\n{_about_pareto(stored)}"
+
+    return render
+
+
+def _at_price(rows: dict[str, dict[str, dict[str, float]]], titles: list[str], price: float) -> list[str]:
+    """Differences to the plain network of a mixture of two neighbouring strengths, whose mean accuracy is so much less.
+
+    The strongest, where even that costs less; the weakest, or the network without, where that costs more.
+    """
+    plain = rows[PLAIN_NETWORK]
+    costs = [
+        statistics.fmean(plain[seed]["accuracy"] - rows[title][seed]["accuracy"] for seed in plain) for title in titles
+    ]
+    last = next((index for index, cost in enumerate(costs) if cost >= price), len(costs) - 1)
+    first = max(0, last - 1)
+    spread = costs[last] - costs[first]
+    share = min(1.0, max(0.0, (price - costs[first]) / spread)) if spread > 0 else 1.0
+
+    def mixed(value: Callable[[str], float]) -> float:
+        return (1 - share) * value(titles[first]) + share * value(titles[last])
+
+    cells = []
+    for name in PARETO:
+        of_seeds = {seed: mixed(lambda title, seed=seed, name=name: rows[title][seed][name]) for seed in plain}  # type: ignore[misc]
+        cells.append(_difference(of_seeds[seed] - plain[seed][name] for seed in plain))
+    network, name, _ = _family(titles[-1])
+    strength = mixed(lambda title: _family(title)[2])
+    return [f"{network}, {name}" if name else network, f"{strength:.2g}" if name else "", *cells]
+
+
+def _afterwards(plain: dict[str, dict[str, float]], name: str) -> list[str]:
+    """What is made of the plain network's gradients, which costs no accuracy."""
+    cells = []
+    for figure in PARETO:
+        key = figure.replace("delta", name)
+        known = key != figure
+        cells.append(_difference(each[key] - each[figure] for each in plain.values()) if known else "")
+    return [f"{PLAIN_NETWORK}, {name.removeprefix('delta, ')} afterwards", "", *cells]
+
+
+def _about_pareto(stored: dict[str, Any]) -> str:
+    return (
+        f"Small ResNet, {stored['images']:,} images of CIFAR-10, {stored['epochs']} epochs; accuracy on 10,000 test "
+        f"images, maps of {stored['examined']}. Gradients of the log-probability. {stored['protocol'].capitalize()}. "
+        f"torch {stored['torch']}. *{PLAIN_NETWORK}*: mean ± standard deviation over seeds; others: of the paired "
+        "differences to it."
+    )
+
+
 def zoo(stored: dict[str, Any]) -> str:
     """The smallest network of every family: how far the loss is off, and what it costs."""
     names, lines = ("delta", "guided", "penalty", "frozen"), []
@@ -412,6 +530,9 @@ TABLES = {
     ("docs/evidence/index.md", "warm-up"): (effect("warm-up"), "sweep.json"),
     ("docs/evidence/index.md", "averaged"): (averaged, "sweep.json"),
     ("docs/evidence/index.md", "attempts"): (attempts, "attempts.json"),
+    ("docs/evidence/pareto.md", "pareto"): (pareto, "pareto.json"),
+    ("docs/evidence/pareto.md", "half"): (pareto_equal(0.005), "pareto.json"),
+    ("docs/evidence/pareto.md", "one"): (pareto_equal(0.01), "pareto.json"),
     ("docs/evidence/index.md", "cifar10-gradients"): (cifar10_gradients, "cifar10.json"),
     ("docs/evidence/index.md", "cifar10-maps"): (cifar10_maps, "cifar10.json"),
     ("docs/evidence/index.md", "cifar10-cpu-gradients"): (cifar10_gradients, "cifar10-cpu.json"),

@@ -2,6 +2,8 @@
 
 import tempfile
 import time
+import traceback
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import pytest
@@ -19,20 +21,75 @@ from interpgrad import InterpretableGradientLoss, input_gradients
 WORLD = 2
 
 
-def spawn(function, *arguments):
-    """Run a function of this module as each of two ranks; what one raises is raised here."""
-    with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_rank, (str(Path(folder) / "store"), function, arguments), nprocs=WORLD)
+class Ranks:
+    """Processes that are the ranks, in one process group after the other: to start them takes longer than a test."""
+
+    def __init__(self):
+        context = mp.get_context("spawn")
+        self.ends, self.processes = [], []
+        for rank in range(WORLD):
+            end, other = context.Pipe()
+            self.ends.append(end)
+            self.processes.append(context.Process(target=_serve, args=(rank, other), daemon=True))
+            self.processes[-1].start()
+
+    def run(self, function, *arguments):
+        """A function of this module as each of the ranks; what one raises is raised here, and the others are ended."""
+        with tempfile.TemporaryDirectory() as folder:
+            for end in self.ends:
+                end.send((str(Path(folder) / "store"), function, arguments))
+            pending = set(self.ends)
+            while pending:
+                answered = wait(pending, timeout=240)
+                raised = [_received(end) for end in answered] or ["no answer in 240 s"]
+                if any(raised):
+                    self.stop()
+                    raise AssertionError("\n".join(filter(None, raised)))
+                pending -= set(answered)
+
+    def stop(self):
+        for process in self.processes:
+            process.kill()
+        self.processes = []
 
 
-def _rank(rank, store, function, arguments):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD)
+def _received(end):
+    """The traceback, or nothing."""
     try:
-        function(rank, *arguments)
-    finally:
-        time.sleep(0.2)  # torch 2.6 waits forever if tensors of the last collective are freed meanwhile
+        return end.recv()
+    except EOFError:
+        return "a rank has died"
+
+
+def _serve(rank, end):
+    torch.set_num_threads(1)
+    while True:
+        store, function, arguments = end.recv()
+        torch.manual_seed(0)
+        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD)
+        try:
+            function(rank, *arguments)
+            raised = ""
+        except BaseException:
+            raised = traceback.format_exc()
+        end.send(raised)
+        time.sleep(0.05)  # freed meanwhile, tensors of the last collective have made a release of torch wait forever
         dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def spawn():
+    """Runs a function of this module as each of two ranks, which are started anew after a failure."""
+    started = []
+
+    def run(function, *arguments):
+        if not started or not started[0].processes:
+            started[:] = [Ranks()]
+        started[0].run(function, *arguments)
+
+    yield run
+    if started:
+        started[0].stop()
 
 
 def net():
@@ -122,7 +179,7 @@ def ddp(rank, settings, shared):
 
 @pytest.mark.parametrize("settings", DDP, ids=lambda settings: next(iter(settings), "default"))
 @pytest.mark.parametrize("shared", [False, True])
-def test_ddp(settings, shared):
+def test_ddp(spawn, settings, shared):
     spawn(ddp, settings, shared)
 
 
@@ -140,7 +197,7 @@ def ddp_no_sync(rank, shared):
 
 
 @pytest.mark.parametrize("shared", [False, True])
-def test_ddp_accumulation_without_synchronization(shared):
+def test_ddp_accumulation_without_synchronization(spawn, shared):
     spawn(ddp_no_sync, shared)
 
 
@@ -158,7 +215,7 @@ def ddp_every(rank):
         assert_equal(model, {name: value.grad for name, value in single.named_parameters()})
 
 
-def test_ddp_every():
+def test_ddp_every(spawn):
     spawn(ddp_every)
 
 
@@ -266,7 +323,8 @@ def kernels_for_the_cpu():
 def sync_batch_norm_on_kernels(rank):
     from interpgrad.double_backward import sync_batch_norm as module
 
-    library, module._has_kernels = kernels_for_the_cpu(), lambda x: True
+    library, found = kernels_for_the_cpu(), module._has_kernels
+    module._has_kernels = lambda x: True
     for activation in (nn.ReLU, nn.SiLU):
         sync_batch_norm(rank, True, "frozen", activation)
     collectives(rank, "frozen", 0)
@@ -279,10 +337,11 @@ def sync_batch_norm_on_kernels(rank):
         more.append(coupled(x, y) + frozen(x, y))
         assert all("forward" not in vars(part) for part in model.modules())
     torch.testing.assert_close(more[0], more[1])
+    module._has_kernels = found
     del library
 
 
-def test_sync_batch_norm_on_torchs_own_kernels():
+def test_sync_batch_norm_on_torchs_own_kernels(spawn):
     """As on GPUs: torch's Function, whose inner passes need no collective; of two losses, one coupled, either order."""
     spawn(sync_batch_norm_on_kernels)
 
@@ -301,7 +360,7 @@ def collectives(rank, batch_norm, count):
 
 
 @pytest.mark.parametrize(("batch_norm", "count"), [("frozen", 0), ("coupled", 12)])
-def test_no_collective_in_inner_passes(batch_norm, count):
+def test_no_collective_in_inner_passes(spawn, batch_norm, count):
     """Coupled, there are two sums for each of three layers in each of two passes."""
     spawn(collectives, batch_norm, count)
 
@@ -324,7 +383,7 @@ def float16_with_sync_batch_norm(rank, amplified):
 
 
 @pytest.mark.parametrize("amplified", [False, True])
-def test_float16_with_sync_batch_norm(amplified):
+def test_float16_with_sync_batch_norm(spawn, amplified):
     """The ranks agree on the scale, and on lowering it: the collectives add gradients of one scale."""
     spawn(float16_with_sync_batch_norm, amplified)
 
@@ -351,19 +410,19 @@ def sync_batch_norms_of_other_kinds(rank):
     torch.testing.assert_close(y, half(rank, nn.BatchNorm2d(3).double()(x)))
 
 
-def test_sync_batch_norms_of_other_kinds():
+def test_sync_batch_norms_of_other_kinds(spawn):
     spawn(sync_batch_norms_of_other_kinds)
 
 
 @pytest.mark.parametrize("batch_norm", ["frozen", "coupled"])
 @pytest.mark.parametrize("shared", [False, True])
-def test_sync_batch_norm(shared, batch_norm):
+def test_sync_batch_norm(spawn, shared, batch_norm):
     """Differentiated across ranks, through the statistics that are shared or not, like batch norm in one process."""
     spawn(sync_batch_norm, shared, batch_norm)
 
 
 @pytest.mark.parametrize("shared", [False, True])
-def test_sync_batch_norm_beside_smooth_activations(shared):
+def test_sync_batch_norm_beside_smooth_activations(spawn, shared):
     """Where the second derivative is taken in a pass of its own."""
     spawn(sync_batch_norm, shared, "frozen", nn.SiLU)
 
@@ -437,7 +496,7 @@ def fsdp2_with(rank, build, shared, keeps, target):
 @pytest.mark.parametrize("keeps", [False, True], ids=["freed", "kept by the user"])
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("build", [net, smooth_net])
-def test_fsdp2(build, shared, keeps):
+def test_fsdp2(spawn, build, shared, keeps):
     spawn(fsdp2, build, shared, keeps)
 
 
@@ -456,6 +515,6 @@ def tensor_parallel(rank, shared):
 
 
 @pytest.mark.parametrize("shared", [False, True])
-def test_tensor_parallel_layers_are_refused(shared):
+def test_tensor_parallel_layers_are_refused(spawn, shared):
     """Stock PyTorch loses the penalty's gradient there, or gets it wrong, without a word."""
     spawn(tensor_parallel, shared)
