@@ -58,7 +58,9 @@ def _of_classes(derivative: Derivative, ignore_index: int, logits: Tensor, y: An
         if classes is logits:
             return derivative(logits, y, create_graph)
         y = y.reshape(classes[:, 0].shape) if y.numel() == logits.numel() else y
-        of_both = derivative(classes, torch.stack([1 - y, y], 1) if y.is_floating_point() else y, create_graph)
+        if y.is_floating_point():
+            y = torch.where((y == IGNORED)[:, None], 0, torch.stack([1 - y, y], 1))
+        of_both = derivative(classes, y, create_graph)
         return ((of_both[:, 1] - of_both[:, 0]) / 2).view(logits.shape)
     except (IndexError, RuntimeError):
         if logits.device.type == "cpu":  # with CUDA all is lost by then
@@ -100,12 +102,13 @@ def _targets(logits: Tensor, target: Any, ignore_index: int) -> Tensor:
     if target is None or isinstance(target, (int, float, str)):
         raise TypeError(f"expected y to hold a target for each image, got {type(target).__name__}: pass a tensor (N,).")
     y: Tensor = torch.as_tensor(target, device=logits.device)
-    if ignore_index != IGNORED and not y.is_floating_point():
-        y = torch.where(y == ignore_index, IGNORED, y.long())
-    if y.is_floating_point() or logits.dim() < 2 or logits.shape[1] == 1:
-        return y
-    if y.shape == logits.shape:
+    one_logit = logits.dim() < 2 or logits.shape[1] == 1
+    if y.shape == logits.shape and not (one_logit or y.is_floating_point()):
         return y.to(torch.promote_types(logits.dtype, torch.float32))
+    if ignore_index != IGNORED and (one_logit or not y.is_floating_point()):
+        y = torch.where(y == ignore_index, IGNORED, y if y.is_floating_point() else y.long())
+    if one_logit or y.is_floating_point():
+        return y
     return y.squeeze(1) if y.shape == (len(logits), 1, *logits.shape[2:]) else y
 
 

@@ -60,7 +60,7 @@ class Forward(NamedTuple):
 
         Layers that run again count no batch twice. Nothing is cast: the user's autocast is for forward passes.
         """
-        buffers = _own_state(self.module) if self.recomputes else nullcontext()
+        buffers = _own_buffers(self.module) if self.recomputes else nullcontext()
         with buffers, parameters_kept(self.module, afterwards=create_graph), without_autocast(self.image.device):
             yield
 
@@ -93,7 +93,12 @@ def forward_without_trace(
         _recording(module, batch_norm, without_trace=True) as recording,
         _eager(),
     ):
-        output = call(module, model_input, args, kwargs)
+        try:
+            output = call(module, model_input, args, kwargs)
+        except TypeError as error:
+            if recording.higher_order is None:
+                raise
+            raise graph.hidden_by(recording.higher_order) from error  # some do not run outside of their compiler
         return Forward(x, image, root, output, module, recording.recomputes)
 
 
@@ -242,22 +247,23 @@ def _in_order_of_signature(module: nn.Module, kwargs: Mapping[str, Any]) -> dict
 @contextmanager
 def _recording(module: nn.Module, batch_norm: str, *, without_trace: bool = False) -> Iterator[fast_double_backward]:
     """Operations that can be differentiated twice, also in the layers that backward passes run again."""
-    buffers = _own_state(module) if without_trace else nullcontext()
+    buffers = _own_buffers(module) if without_trace else nullcontext()
     with buffers, fast_double_backward() as mode:
         with replaced_sync_batch_norm(module, differentiable=batch_norm == "coupled"):
-            mode.refuse = graph.refuse_higher_order
             mode.recompute_in = functools.partial(_recording, module, batch_norm, without_trace=without_trace)
             yield mode
 
 
-Space = dict[str, Any]
+Buffers = dict[str, "Tensor | None"]
 
 
 class _Lent(NamedTuple):
-    """A module whose buffers are clones: the modules' attributes and buffers, what they held, and who is using it."""
+    """A module whose buffers are clones: what each part held, what it was lent, its attributes, and who is using it."""
 
-    spaces: list[Space]
-    own: list[Space]
+    parts: list[nn.Module]
+    own: list[Buffers]
+    clones: list[Buffers]
+    attributes: list[dict[str, Any]]
     users: set[object]
 
 
@@ -266,12 +272,11 @@ _lending = threading.Lock()
 
 
 @contextmanager
-def _own_state(module: nn.Module) -> Iterator[None]:
-    """Lend the modules clones of their buffers, and give back their own, with what they hold, and their attributes.
+def _own_buffers(module: nn.Module) -> Iterator[None]:
+    """Lend the modules clones of their buffers, and give back their own, with what they hold.
 
-    Attributes as well: some say what a buffer holds, such as the image size of a table. By hand:
-    torch.func.functional_call loses the buffers of a module that is reachable under two names. Layers that run again in
-    a backward pass, on whatever thread, find them lent, and the last to leave gives back.
+    By hand: torch.func.functional_call loses the buffers of a module that is reachable under two names. Layers that run
+    again in a backward pass, on whatever thread, find them lent, and the last to leave gives back.
 
     NOTE. Not kept and copied back: a graph may have saved a buffer that the pass has changed in place.
     """
@@ -286,25 +291,53 @@ def _own_state(module: nn.Module) -> Iterator[None]:
             if lent.users:
                 return
             _lent.pop(module, None)
-            for space, own in zip(lent.spaces, lent.own, strict=True):
-                for name in space.keys() - own.keys():
-                    del space[name]
-                space.update((name, value) for name, value in own.items() if space.get(name) is not value)
+            for part, own, clones, before in zip(*lent[:4], strict=True):
+                made = _made(part, own, clones, before)
+                part._buffers.update((name, buffer) for name, buffer in own.items() if name not in made)
 
     with finally_call(give_back):
         with _lending:
             lent = _lent.get(module)
             if lent is None:
-                spaces = [space for part in module.modules() for space in (vars(part), part._buffers)]
-                lent = _lent[module] = _Lent(spaces, [dict(space) for space in spaces], set())
+                parts = list(module.modules())
+                own = [dict(part._buffers) for part in parts]
+                lent = _Lent(parts, own, _clones(own), [dict(vars(part)) for part in parts], set())
+                _lent[module] = lent
             lent.users.add(user)
             if len(lent.users) == 1:
-                clones: dict[int, Tensor] = {}  # one for each buffer, however often it is reachable
-                for part in module.modules():
-                    for name, buffer in part._buffers.items():
-                        if buffer is not None:
-                            part._buffers[name] = clones.setdefault(id(buffer), buffer.clone())
+                for part, clones in zip(lent.parts, lent.clones, strict=True):
+                    part._buffers.update(clones)
         yield
+
+
+def _clones(own: list[Buffers]) -> list[Buffers]:
+    """Of all buffers, one for each, however often it is reachable."""
+    clones = {id(buffer): buffer.clone() for each in own for buffer in each.values() if buffer is not None}
+    return [{name: clones.get(id(buffer)) for name, buffer in each.items()} for each in own]
+
+
+def _made(part: nn.Module, own: Buffers, clones: Buffers, before: dict[str, Any]) -> set[str]:
+    """The buffers that the pass has made, and that stay: a table for the size of the images, for instance.
+
+    Others are statistics. It is made where there was none, where its shape is another, or where it is another tensor
+    and an attribute of its module has changed: that may say what it holds.
+    """
+    found = part._buffers
+    made = {name for name in own if found.get(name) is not clones[name]}
+    if any(_differs(value, before.get(name)) for name, value in vars(part).items()):
+        return made
+    return {name for name in made if _shape(found.get(name)) != _shape(own[name])}
+
+
+def _shape(buffer: Tensor | None) -> torch.Size | None:
+    return None if buffer is None else buffer.shape
+
+
+def _differs(value: Any, before: Any) -> bool:
+    """Numbers, strings and tuples of them by value, all else by identity."""
+    parts = value if isinstance(value, tuple) else (value,)
+    plain = type(value) is type(before) and all(type(each) in (bool, int, float, str) for each in parts)
+    return value is not before and not (plain and value == before)
 
 
 @contextmanager

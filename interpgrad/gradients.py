@@ -205,9 +205,11 @@ class Passes:
         norms = frozen.batch_statistics(network.operations) if self._settings.batch_norm == "frozen" else set()
         # Where v is a function of the logits, that derivative runs through the user's graph, which is coupled.
         leaf = v.detach().requires_grad_() if norms and v.requires_grad else v
-        delta = self._backward(leaf, create_graph=True)
         names = frozenset((*network.operations, *graph.operations(v, until=self._forward.logits)))
-        if names not in self._verified:
+        verified = names in self._verified
+        with nullcontext() if verified else graph.refusing_detached(network.operations):
+            delta = self._backward(leaf, create_graph=True)
+        if not verified:
             graph.refuse_failing_double_backward(delta, image, network.operations)
             self._verified.add(names)
         if not norms or (leaf is v and norms.isdisjoint(graph.nodes(delta, until=image))):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import Node
 
 from interpgrad import private
+from interpgrad.cleanup import removed_hooks
 from interpgrad.double_backward.engine import Function
 
 _TENSOR_PARALLEL = (
@@ -33,10 +35,9 @@ _OPAQUE = {
 }
 _WITHOUT_KERNEL = "WarnNotImplemented"
 # Placeholders, and operators of libraries, registered in C++ and in Python.
-_MAY_RAISE = (
-    *("torch::autograd::NotImplemented", "torch::autograd::Error"),
-    *("torch::autograd::CppNode<", "GeneratedBackwardFor_"),
-)
+# Placeholders, and operators in C++, such as torchvision's, whose newest are registered in Python.
+_MAY_RAISE = ("torch::autograd::NotImplemented", "torch::autograd::Error", "torch::autograd::CppNode<")
+_MAY_RAISE += ("GeneratedBackwardFor_torchvision_",)  # type: ignore[assignment]
 _HIGHER_ORDER = "torch._higher_order_ops."  # cond, map, scan, while_loop, flex attention ...
 
 
@@ -105,18 +106,13 @@ def refuse_opaque(recorded: Operations) -> None:
     for each in recorded.values():
         function = getattr(each[0], "_forward_cls", None)
         if function and function.__module__.startswith(_HIGHER_ORDER):
-            raise _higher_order(function.__name__)
+            raise hidden_by(function.__name__.removesuffix("AutogradOp"))
 
 
-def refuse_higher_order(operator: Any) -> None:
-    """Raise an OpaqueGraphError for a function that is called, if it is a higher-order operator that hides others."""
-    if private.is_higher_order(operator) and not private.under_a_transform():
-        raise _higher_order(operator.name())
-
-
-def _higher_order(name: str) -> OpaqueGraphError:
+def hidden_by(operator: str) -> OpaqueGraphError:
+    """The error for a higher-order operator."""
     return OpaqueGraphError(
-        f"expected a graph of single operations, got the higher-order operator {name}, which hides the activations "
+        f"expected a graph of single operations, got the higher-order operator {operator}, which hides the activations "
         "inside: write it as loops and branches in Python, attention by F.scaled_dot_product_attention."
     )
 
@@ -161,8 +157,29 @@ def refuse_failing_double_backward(delta: Tensor, until: Tensor, recorded: Opera
             try:
                 run: Any = getattr(node, "apply", node)
                 run(*private.zeros_for(node))
-            except Exception as reason:
+            except (RuntimeError, TypeError) as reason:
                 _refuse_double_backward(str(reason), "PyTorch has no such derivative")
+
+
+@contextmanager
+def refusing_detached(recorded: Operations) -> Iterator[None]:
+    """In a backward pass inside, a RuntimeError where a user's Function cuts a gradient from its graph.
+
+    As one does whose backward computes in numpy, or in a kernel of its own: a derivative would be lost without a word.
+    """
+    with removed_hooks() as hooks:
+        for found in recorded.values():
+            function = getattr(found[0], "_forward_cls", None)
+            if function and not issubclass(function, Function):
+                for node in found:
+                    hooks.append(node.register_hook(functools.partial(_refuse_detached, function.__name__)))
+        yield
+
+
+def _refuse_detached(name: str, gradients: tuple[Tensor | None, ...], outer: tuple[Tensor | None, ...]) -> None:
+    attached = any(each is not None and each.requires_grad for each in outer)
+    if attached and any(each is not None and not each.requires_grad and each.any() for each in gradients):
+        _refuse_double_backward(name, "its backward returns a gradient without a graph")
 
 
 def no_path_to_images() -> RuntimeError:

@@ -51,7 +51,7 @@ def unguided(graph: Operations, activations: str) -> dict[str, int]:
     guided = guided_nodes(graph, activations)
     met = guided | {"Sigmoid": guided.get(_BY_HAND, [])}
     left = {name: len(graph.get(name, ())) - len(met.get(name, ())) for name in (*PIECEWISE_LINEAR, *SMOOTH, *_OTHERS)}
-    return {name: count for name, count in left.items() if count}
+    return {name: count for name, count in left.items() if count > 0}  # one gate may be of two products
 
 
 @contextmanager
@@ -92,11 +92,15 @@ def _is_activation(name: str, node: Node) -> bool:
 
 
 def _is_gate_of(gate: Any, x: Any) -> bool:
-    """Whether the gate is sigmoid(x), or sigmoid(a x): edges of the graph, both."""
-    if gate[0] is None or op_name(gate[0]) != "Sigmoid":
+    """Whether the gate is sigmoid(x), or sigmoid(a x) with a constant or a parameter a: edges of the graph, both."""
+    if x[0] is None or gate[0] is None or op_name(gate[0]) != "Sigmoid":
         return False
     (inner,) = gate[0].next_functions
-    return inner == x or (inner[0] is not None and op_name(inner[0]) == "Mul" and x in inner[0].next_functions)
+    if inner == x:
+        return True
+    factors = list(inner[0].next_functions) if inner[0] is not None and op_name(inner[0]) == "Mul" else []
+    others = [node for node, _ in factors if node is not x[0]]
+    return x in factors and all(node is None or op_name(node) == "AccumulateGrad" for node in others)
 
 
 def _is_zero(value: float | Tensor | None) -> bool:

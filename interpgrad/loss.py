@@ -75,10 +75,10 @@ class InterpretableGradientLoss(nn.Module):
         cosine: mean cosine of delta and its target in that call, before `transform`, whatever the error; likewise
             detached. None for `target="zero"` and `error="outside"`.
 
-    The extra forward pass of a plain call gives back the modules' buffers, attributes and modes, and random states. It
-    cannot take back what a model or its hooks write into lists and other objects. With `shared_forward()` there is no
-    extra pass. The modules' hooks run in inner passes, too. Threads
-    that use one model here wait for each other. The model's own forward pass must not run on another at the same time.
+    The extra forward pass of a plain call gives back buffers, modes and random states, but for buffers that it made,
+    such as a table for the size of the images. It cannot take back what a model or its hooks write elsewhere: lists,
+    counters, attributes. With `shared_forward()` there is no extra pass. Hooks of modules run in inner passes, too.
+    Threads that use one model here wait for each other. The model's own forward pass must not run on another meanwhile.
 
     >>> model = nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 3))
     >>> reg = InterpretableGradientLoss(model, error="cos", lam=7.5e-3)
@@ -213,7 +213,7 @@ class InterpretableGradientLoss(nn.Module):
         if not training:
             return self._term
         self._step += 1
-        self._computed = weakref.ref(x), x._version
+        self._computed = (weakref.ref(x), x._version) if step is None else None
         self._recorder = None
         forward.close()
         return weight * penalty if weight else _zero(x)

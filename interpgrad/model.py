@@ -91,6 +91,7 @@ def evaluation_mode(model: nn.Module, *, gradients: bool) -> Iterator[None]:
     """
     with exclusive_use(model):
         modes, recorded = [(module, module.training) for module in model.modules()], torch.is_grad_enabled()
+        trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
 
         def restore() -> None:
             torch.set_grad_enabled(recorded)
@@ -101,6 +102,9 @@ def evaluation_mode(model: nn.Module, *, gradients: bool) -> Iterator[None]:
             finally:
                 for module, training in modes:  # where train() does not do as it is told
                     module.training = training
+                for parameter, requires_grad in trained:
+                    if parameter.requires_grad != requires_grad:
+                        parameter.requires_grad_(requires_grad)
 
         with finally_call(restore):
             if any(training for _, training in modes):

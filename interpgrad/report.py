@@ -16,7 +16,7 @@ from interpgrad import frozen, graph
 from interpgrad.criteria import IGNORED, Criterion, refuse_out_of_range
 from interpgrad.double_backward import attention
 from interpgrad.forward import Forward, check_batch, forward_without_trace, is_compiled
-from interpgrad.gradients import backward_passes
+from interpgrad.gradients import Passes, backward_passes
 from interpgrad.guided import guided_nodes, unguided
 from interpgrad.model import class_logits, exclusive_use, unwrap
 from interpgrad.settings import Settings
@@ -206,20 +206,27 @@ def _about_cost(delta: Tensor, image: Tensor) -> Finding:
 def _twice_differentiated(forward: Forward, y: Any, settings: Settings) -> tuple[Tensor, bool]:
     """Delta, whose derivative in the parameters has been taken, as backpropagation of the loss takes it.
 
-    And whether that of the first image's criterion reaches other images, where it should not.
+    And whether that of one image's logits reaches other images, where it should not.
     """
     y = class_logits(forward.logits.detach()).argmax(1) if y is None else y
     if isinstance(settings.criterion, str):  # on a GPU as well, where training does not look
         refuse_out_of_range(forward.logits, y, settings.ignore_index)
     with backward_passes(forward, y, settings, create_graph=True) as passes:
         guided, delta = passes.gradient(guided=True), passes.attached_delta
-        of_first = torch.zeros_like(passes.v)
-        of_first[0] = passes.v[0]
-        coupled = settings.batch_norm == "frozen" and bool(passes.gradient(of_first)[1:].any())
+        coupled = settings.batch_norm == "frozen" and any(_reaches_others(passes, image) for image in (0, -1))
     parameters = [leaf for leaf in graph.leaves(delta, until=forward.image) if leaf is not forward.image]
     if parameters:
         torch.autograd.grad(delta, parameters, guided.to(delta.dtype), retain_graph=True, allow_unused=True)
     return delta, coupled
+
+
+def _reaches_others(passes: Passes, image: int) -> bool:
+    """Whether the gradient of any function of this image's logits is not zero at other images."""
+    v = torch.zeros_like(passes.v)
+    v[image] = torch.randn(v[image].shape, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
+    reached = passes.gradient(v)
+    reached[image] = 0
+    return bool(reached.any())
 
 
 class _AttentionCalls(TorchFunctionMode):

@@ -225,6 +225,11 @@ def test_products_with_a_gate_of_their_own(name):
     with pytest.raises(RuntimeError, match="expected activations of the family"):
         nets[0][2] = nn.ReLU()
         input_gradients(nets[0], x, y, activations="relu")
+    for squashes in (lambda h: 2 * torch.sigmoid(2 * h) - 1, lambda h: h.detach() * torch.sigmoid(3 * h)):
+        net = small_net()
+        net.insert(3, Apply(squashes))
+        assert "guided at Relu x3. Nothing" in str(check(net, x))
+        input_gradients(net, x, y, activations="relu")
     gates = small_net()
     gates.insert(3, Apply(lambda h: h * torch.sigmoid(h.mean(1, keepdim=True)) * torch.sigmoid(h[:, :1])))
     assert "guided at Relu x3. Nothing" in str(check(gates, x))

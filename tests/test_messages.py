@@ -186,6 +186,15 @@ def test_ignore_index(criterion):
         assert check(net, x, ignored, criterion=criterion, ignore_index=255).ok
         with raises(ValueError, "expected class indices from 0 to 3, or -100 for images to ignore", "to 255"):
             InterpretableGradientLoss(net, criterion=criterion)(x, ignored)
+    binary = nn.Sequential(nn.Flatten(), nn.Linear(192, 6), nn.ReLU(), nn.Linear(6, 1)).double()
+    left, _ = input_gradients(binary, x, torch.tensor([255.0, 1, 1]), criterion=criterion, ignore_index=255)
+    right, _ = input_gradients(binary, x, torch.tensor([255, 1, 1]), criterion=criterion, ignore_index=255)
+    torch.testing.assert_close(left, right)
+    assert not left[0].any()
+    assert left[1].any()
+    one_hot = torch.nn.functional.one_hot(y, 4)
+    expected, _ = input_gradients(small_net(), x, one_hot, criterion=criterion)
+    assert torch.equal(input_gradients(small_net(), x, one_hot, criterion=criterion, ignore_index=0)[0], expected)
     with raises(ValueError, "expected ignore_index to be an integer, got None"):
         InterpretableGradientLoss(net, ignore_index=None)
     with raises(ValueError, "expected ignore_index for a criterion by name, got 255 for", "give it to that one"):

@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "inputs": {"model"},
     "metrics": {"inputs", "model"},
     "plot": {"metrics"},
-    "graph": {"double_backward", "private"},
+    "graph": {"cleanup", "double_backward", "private"},
     "criteria": {"autocast", "graph", "model"},
     "transforms": set(),
     "autocast": {"cleanup"},

@@ -1,10 +1,11 @@
-"""What a model does in `train`, and writes in its forward pass beside buffers, is as if nobody had called."""
+"""What a model does in `train`, and writes in its forward pass beside buffers, is right after a call."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from nets import Checkpointed, data, small_net
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from interpgrad import InterpretableGradientLoss, check, input_gradients, metrics, saliency
@@ -123,20 +124,114 @@ def test_tables_for_the_size_of_the_images(call, registered, size):
     torch.testing.assert_close(model(at_first), fresh(at_first))
 
 
-def test_counters_and_features_of_modules():
-    class Counts(nn.Module):
+class Flat(Table):
+    """A table of one shape for two sizes."""
+
+    def forward(self, x):
+        if self.size != tuple(x.shape[-2:]):
+            self.size = tuple(x.shape[-2:])
+            self.table = torch.outer(torch.arange(self.size[0], **double), torch.ones(self.size[1], **double)).flatten()
+        return self.net(x * self.table.view(self.size))
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_tables_of_one_shape_for_two_sizes(call):
+    (x, y), model = data(size=16), Flat(registered=True)
+    model(x[..., :8, :12])
+    call(model, x[..., :12, :8], y)
+    fresh = Flat(registered=True)
+    fresh.net.load_state_dict(model.net.state_dict())
+    torch.testing.assert_close(model(x[..., :8, :12]), fresh(x[..., :8, :12]))
+
+
+def test_statistics_that_are_replaced_are_given_back():
+    class Averages(nn.Module):
         def __init__(self):
             super().__init__()
-            self.net, self.calls, self.features = small_net(), 0, None
+            self.net = small_net()
+            self.register_buffer("average", torch.zeros((), **double))
 
         def forward(self, x):
-            self.calls += 1
-            self.features = self.net[0](x)
+            self.size = tuple(x.shape[-2:])
+            self.average = 0.9 * self.average + 0.1 * x.detach().mean()
             return self.net(x)
 
-    model, (x, y) = Counts(), data()
-    logits = model(x)
-    features = model.features
-    (F.cross_entropy(logits, y) + InterpretableGradientLoss(model)(x, y)).backward()
-    assert model.calls == 1
-    assert model.features is features
+    model, (x, y) = Averages(), data()
+    model(x)
+    expected = model.average
+    InterpretableGradientLoss(model)(x, y).backward()
+    assert model.average is expected
+
+
+def test_what_is_made_in_the_first_pass():
+    """By flags, in sets: what the pass writes elsewhere stays, and with it what belongs to it."""
+
+    class Lazy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net, self.built, self.sizes = small_net(), False, set()
+            self.register_buffer("table", None)
+
+        def forward(self, x):
+            if not self.built:
+                self.scale = nn.Parameter(torch.ones((), **double))
+                self.register_buffer("shift", x.detach().mean())
+                self.built = True
+            if x.shape not in self.sizes:
+                self.sizes.add(x.shape)
+                self.table = torch.ones(x.shape[-2:], **double)
+            return self.net(self.scale * (x - self.shift) * self.table)
+
+    (x, y), model = data(), Lazy()
+    assert check(model, x, y).ok
+    made = model.scale
+    InterpretableGradientLoss(model)(x, y).backward()
+    model(x)
+    assert model.scale is made
+
+
+def test_checkpointed_layers_that_read_what_their_parent_wrote():
+    """It is there when they run again, in inner passes and in the user's."""
+
+    class Block(nn.Module):
+        keep = None
+
+        def forward(self, h):
+            return h * self.keep
+
+    class Parent(nn.Module):
+        def __init__(self, checkpointed):
+            super().__init__()
+            self.net, self.block, self.checkpointed = small_net(), Block(), checkpointed
+
+        def forward(self, x):
+            self.block.keep = (torch.rand(len(x), 1, 1, 1) > 0.5).to(x)
+            x = checkpoint(self.block, x, use_reentrant=False) if self.checkpointed else self.block(x)
+            return self.net(x)
+
+    found, (x, y) = [], data()
+    for checkpointed in (True, False):
+        model = Parent(checkpointed)
+        reg = InterpretableGradientLoss(model)
+        model(x)
+        torch.manual_seed(4)
+        loss = reg(x, y)
+        loss.backward()
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        found.append([loss.detach(), *gradients])
+    torch.testing.assert_close(*found)
+
+
+def test_parameters_that_train_freezes():
+    """By overrides of `train`: a map leaves them as they were."""
+
+    class Unfreezes(nn.Sequential):
+        def train(self, mode=True):
+            self.requires_grad_(mode)
+            return super().train(mode)
+
+    model = Unfreezes(*small_net())
+    model[0].weight.requires_grad_(False)
+    before = [parameter.requires_grad for parameter in model.parameters()]
+    saliency.gradient(model, data()[0])
+    assert [parameter.requires_grad for parameter in model.parameters()] == before

@@ -55,7 +55,7 @@ def command(name, folder, *arguments):
 
 
 def environment(cwd):
-    return os.environ | {"OMP_NUM_THREADS": "2", "HOME": str(cwd), "CUDA_VISIBLE_DEVICES": ""}
+    return os.environ | {"OMP_NUM_THREADS": "1", "HOME": str(cwd), "CUDA_VISIBLE_DEVICES": ""}
 
 
 def run(name, folder, cwd, *arguments):

@@ -56,7 +56,7 @@ class fast_double_backward:  # noqa: N801
         # The context for what is checkpointed inside.
         self.recompute_in: Callable[[], AbstractContextManager[Any]] = fast_double_backward
         self.recomputes = False  # whether anything is
-        self.refuse: Callable[[Any], object] | None = None  # raises an error for a function that must not be called
+        self.higher_order: str | None = None  # the last operator that takes functions, if one was called
         self._contexts: list[AbstractContextManager[None]] = []
 
     def __enter__(self) -> Any:
@@ -81,8 +81,8 @@ class fast_double_backward:  # noqa: N801
                 result = _REPLACEMENTS[func](*args, **kwargs)
                 if result is not NotImplemented:
                     return result
-        elif self.refuse and torch.is_grad_enabled():
-            self.refuse(func)
+        elif private.is_higher_order(func):
+            self.higher_order = func.name()
         return func(*args, **kwargs)
 
 
