@@ -277,8 +277,8 @@ PARETO = {
     "accuracy": "accuracy ↑",
     "agreement with SmoothGrad": "agreement with its SmoothGrad ↑",
     "between seeds": "agreement between seeds ↑",
-    "insertion of delta": "insertion of \\|δ\\|/y ↑",
-    "deletion of delta": "deletion of \\|δ\\|/y ↓",
+    "insertion of delta": "insertion of |δ|/y ↑",
+    "deletion of delta": "deletion of |δ|/y ↓",
     "smooth": "smooth",
     "cosine of the two top classes": "cos of the two top classes ↓",
     "cosine with another class": "cos with another class ↓",
@@ -286,6 +286,7 @@ PARETO = {
     "accuracy under noise 0.1": "accuracy under noise 0.1 ↑",
     "accuracy after a step of 0.25": "accuracy after a step of 0.25 ↑",
 }
+IN_SHORT = ("accuracy", "agreement with SmoothGrad", "between seeds", "insertion of delta", "deletion of delta")
 PLAIN_NETWORK = "ReLU"
 
 
@@ -339,7 +340,7 @@ def pareto_equal(price: float) -> Callable[[dict[str, Any]], str]:
         lines = [_at_price(rows, titles, price) for titles in families.values() if titles != [PLAIN_NETWORK]]
         for name in ("delta, 3x3 mean", "SmoothGrad 4", "SmoothGrad 16"):
             lines.append(_afterwards(rows[PLAIN_NETWORK], name))
-        headings = ["", "strength", *PARETO.values()]
+        headings = ["", "strength", *(PARETO[name] for name in IN_SHORT)]
         return f"{markdown_table(headings, lines)}\n\n{_about_pareto(stored)}"
 
     return render
@@ -363,7 +364,7 @@ def _at_price(rows: dict[str, dict[str, dict[str, float]]], titles: list[str], p
         return (1 - share) * value(titles[first]) + share * value(titles[last])
 
     cells = []
-    for name in PARETO:
+    for name in IN_SHORT:
         of_seeds = {seed: mixed(lambda title, seed=seed, name=name: rows[title][seed][name]) for seed in plain}  # type: ignore[misc]
         cells.append(_difference(of_seeds[seed] - plain[seed][name] for seed in plain))
     network, name, _ = _family(titles[-1])
@@ -374,7 +375,7 @@ def _at_price(rows: dict[str, dict[str, dict[str, float]]], titles: list[str], p
 def _afterwards(plain: dict[str, dict[str, float]], name: str) -> list[str]:
     """What is made of the plain network's gradients, which costs no accuracy."""
     cells = []
-    for figure in PARETO:
+    for figure in IN_SHORT:
         key = figure.replace("delta", name)
         known = key != figure
         cells.append(_difference(each[key] - each[figure] for each in plain.values()) if known else "")
@@ -384,7 +385,7 @@ def _afterwards(plain: dict[str, dict[str, float]], name: str) -> list[str]:
 def _about_pareto(stored: dict[str, Any]) -> str:
     return (
         f"Small ResNet, {stored['images']:,} images of CIFAR-10, {stored['epochs']} epochs; accuracy on 10,000 test "
-        f"images, maps of {stored['examined']}. Gradients of the log-probability. {stored['protocol'].capitalize()}. "
+        f"images, maps of {stored['examined']}. Gradients of the log-probability; {stored['protocol']}. "
         f"torch {stored['torch']}. *{PLAIN_NETWORK}*: mean ± standard deviation over seeds; others: of the paired "
         "differences to it."
     )

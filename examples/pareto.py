@@ -25,7 +25,7 @@ from jobs import results_in, run_missing, write
 from torch import Tensor, nn
 from training import PLAIN, Run, augment, one_cycle
 
-from interpgrad import InterpretableGradientLoss, input_gradients, low_pass, metrics, saliency
+from interpgrad import InterpretableGradientLoss, input_gradients, low_pass, metrics, plot, saliency
 
 EPOCHS, BATCH, SEEDS = 8, 128, (0, 1, 2)
 EXAMINED = 250  # test images of the maps, evenly from the classes
@@ -227,6 +227,28 @@ def between_seeds(folder: Path, title: str, seeds: list[str]) -> dict[str, float
     return {f"{a} {b}": cosine(gradients[a], gradients[b]) for a, b in itertools.combinations(seeds, 2)}
 
 
+# of the picture: at most half a point of accuracy
+SHOWN = [RELU, replace(RELU, noise=0.035), replace(RELU, term="guided", lam=0.3), SILU, replace(SILU, noise=0.05)]
+SHOWN += [replace(SILU, term="high-pass norm", lam=0.03)]
+
+
+def picture(images: Images, folder: Path, path: Path) -> None:
+    """The gradients of networks of seed 0, on the first test image of each class and the second of the first two."""
+    y = images.test[1]
+    first = [int((y == label).nonzero()[0]) for label in y.unique()]
+    chosen = sorted([*first, first[0] + 1, first[1] + 1])
+    x, y = images.test[0][chosen], y[chosen]
+    columns = {}
+    for method in SHOWN:
+        model = network_of(method, len(images.classes)).eval()
+        model.load_state_dict(torch.load(folder / f"{method}, 0.pt")["network"])
+        columns[str(method).replace(", ", "\n")] = saliency.gradient(model, x, y, criterion="log_prob")
+        if method == RELU:
+            columns["ReLU\nSmoothGrad 16"] = saliency.smooth_gradient(model, x, y, samples=16, criterion="log_prob")
+    figure = plot.gradients(x, columns, labels=[images.classes[int(label)] for label in y])
+    figure.savefig(path, dpi=55)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="folder with train/ and test/")
@@ -236,6 +258,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="(%(default)s)")
     parser.add_argument("--images", type=int, default=10_000, help="of training (%(default)s)")
     parser.add_argument("--epochs", type=int, default=EPOCHS, help="(%(default)s)")
+    parser.add_argument("--picture", type=Path, help="of seed 0's networks, once they are there")
     parser.add_argument("--jobs", type=int, help="processes (one per core)")
     options = parser.parse_args()
     methods = [method for method in METHODS if not options.names or str(method) in options.names]
@@ -247,6 +270,8 @@ def main() -> None:
     results = results_in(options.json)
     pairs = {title: between_seeds(options.networks, title, list(seeds)) for title, seeds in results.items()}
     write(options.json, {"torch": torch.__version__} | about | {"between seeds": pairs, "results": results})
+    if options.picture:
+        picture(images_in(options.data, options.images), options.networks, options.picture)
 
 
 if __name__ == "__main__":
