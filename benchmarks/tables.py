@@ -290,15 +290,23 @@ IN_SHORT = ("accuracy", "agreement with SmoothGrad", "between seeds", "insertion
 PLAIN_NETWORK = "ReLU"
 
 
-def _pareto_rows(stored: dict[str, Any]) -> dict[str, dict[str, dict[str, float]]]:
-    """Title -> seed -> figures; a seed's agreement with others is the mean over them. Seeds that all have."""
-    rows: dict[str, dict[str, dict[str, float]]] = {}
-    for title, seeds in sorted(stored["results"].items(), key=lambda each: _family(each[0])):
-        pairs = stored["between seeds"][title]
-        for seed, figures in sorted(seeds.items()):
-            of_seed = statistics.fmean(value for pair, value in pairs.items() if seed in pair.split())
-            rows.setdefault(title, {})[seed] = figures | {"between seeds": of_seed}
-    return rows
+class _Study:
+    """What the study measured: title -> seed -> figures, and the agreement of pairs of seeds."""
+
+    def __init__(self, stored: dict[str, Any]) -> None:
+        self.results = dict(sorted(stored["results"].items(), key=lambda each: _family(each[0])))
+        self.pairs = stored["between seeds"]
+
+    def seeds(self, titles: Iterable[str]) -> list[str]:
+        """Those that all of them have, and the plain network."""
+        return sorted(set.intersection(*(set(self.results[title]) for title in (PLAIN_NETWORK, *titles))))
+
+    def value(self, title: str, seed: str, name: str, seeds: list[str]) -> float:
+        """A figure; a seed's agreement with others is the mean over these seeds."""
+        if name != "between seeds":
+            return float(self.results[title][seed][name])
+        pairs = {pair: set(pair.split()) for pair in self.pairs[title]}
+        return statistics.fmean(self.pairs[title][pair] for pair, of in pairs.items() if seed in of and of <= {*seeds})
 
 
 def _family(title: str) -> tuple[str, str, float]:
@@ -315,15 +323,15 @@ def _difference(values: Iterable[float]) -> str:
 
 def pareto(stored: dict[str, Any]) -> str:
     """Every method at every strength: differences to the plain ReLU network, seed by seed."""
-    rows, lines = _pareto_rows(stored), []
-    for title, seeds in rows.items():
-        cells = []
+    study, lines = _Study(stored), []
+    for title in study.results:
+        seeds, cells = study.seeds([title]), []
         for name in PARETO:
-            values = [figures[name] for figures in seeds.values()]
-            plain = title == PLAIN_NETWORK
+            values = [study.value(title, seed, name, seeds) for seed in seeds]
             mean = f"{statistics.fmean(values):.3f} ± {statistics.stdev(values):.3f}"
-            differences = [seeds[seed][name] - rows[PLAIN_NETWORK][seed][name] for seed in seeds]
-            cells.append(mean if plain else _difference(differences))
+            plain = [study.value(PLAIN_NETWORK, seed, name, seeds) for seed in seeds]
+            differences = [value - other for value, other in zip(values, plain, strict=True)]
+            cells.append(mean if title == PLAIN_NETWORK else _difference(differences))
         lines.append([title, str(len(seeds)), *cells])
     return f"{markdown_table(['', 'seeds', *PARETO.values()], lines)}\n\n{_about_pareto(stored)}"
 
@@ -332,54 +340,54 @@ def pareto_equal(price: float) -> Callable[[dict[str, Any]], str]:
     """Every family at the strength that costs so much accuracy, between the strengths that were trained."""
 
     def render(stored: dict[str, Any]) -> str:
-        rows = _pareto_rows(stored)
+        study = _Study(stored)
         families: dict[tuple[str, str], list[str]] = {}
-        for title in rows:
+        for title in study.results:
             network, name, _ = _family(title)
             families.setdefault((network, name), [network] if name else []).append(title)
-        lines = [_at_price(rows, titles, price) for titles in families.values() if titles != [PLAIN_NETWORK]]
+        lines = [_at_price(study, titles, price) for titles in families.values() if titles != [PLAIN_NETWORK]]
         for name in ("delta, 3x3 mean", "SmoothGrad 4", "SmoothGrad 16"):
-            lines.append(_afterwards(rows[PLAIN_NETWORK], name))
-        headings = ["", "strength", *(PARETO[name] for name in IN_SHORT)]
+            lines.append(_afterwards(study, name))
+        headings = ["", "strength", "seeds", *(PARETO[name] for name in IN_SHORT)]
         return f"{markdown_table(headings, lines)}\n\n{_about_pareto(stored)}"
 
     return render
 
 
-def _at_price(rows: dict[str, dict[str, dict[str, float]]], titles: list[str], price: float) -> list[str]:
+def _at_price(study: _Study, titles: list[str], price: float) -> list[str]:
     """Differences to the plain network of a mixture of two neighbouring strengths, whose mean accuracy is so much less.
 
     The strongest, where even that costs less; the weakest, or the network without, where that costs more.
     """
-    plain = rows[PLAIN_NETWORK]
-    costs = [
-        statistics.fmean(plain[seed]["accuracy"] - rows[title][seed]["accuracy"] for seed in plain) for title in titles
-    ]
-    last = next((index for index, cost in enumerate(costs) if cost >= price), len(costs) - 1)
+    seeds = study.seeds(titles)
+
+    def cost(title: str) -> float:
+        accuracies = ((study.value(each, seed, "accuracy", seeds) for each in (PLAIN_NETWORK, title)) for seed in seeds)
+        return statistics.fmean(plain - other for plain, other in accuracies)
+
+    costs = list(map(cost, titles))
+    last = next((index for index, each in enumerate(costs) if each >= price), len(costs) - 1)
     first = max(0, last - 1)
     spread = costs[last] - costs[first]
     share = min(1.0, max(0.0, (price - costs[first]) / spread)) if spread > 0 else 1.0
-
-    def mixed(value: Callable[[str], float]) -> float:
-        return (1 - share) * value(titles[first]) + share * value(titles[last])
-
-    cells = []
-    for name in IN_SHORT:
-        of_seeds = {seed: mixed(lambda title, seed=seed, name=name: rows[title][seed][name]) for seed in plain}  # type: ignore[misc]
-        cells.append(_difference(of_seeds[seed] - plain[seed][name] for seed in plain))
-    network, name, _ = _family(titles[-1])
-    strength = mixed(lambda title: _family(title)[2])
-    return [f"{network}, {name}" if name else network, f"{strength:.2g}" if name else "", *cells]
-
-
-def _afterwards(plain: dict[str, dict[str, float]], name: str) -> list[str]:
-    """What is made of the plain network's gradients, which costs no accuracy."""
+    network, name, high = _family(titles[last])
+    low = _family(titles[first])[2]
     cells = []
     for figure in IN_SHORT:
+        compared = (PLAIN_NETWORK, titles[first], titles[last])
+        values = ([study.value(title, seed, figure, seeds) for title in compared] for seed in seeds)
+        cells.append(_difference((1 - share) * weak + share * strong - plain for plain, weak, strong in values))
+    strength = f"{(1 - share) * low + share * high:.2g}" if name else ""
+    return [f"{network}, {name}" if name else network, strength, str(len(seeds)), *cells]
+
+
+def _afterwards(study: _Study, name: str) -> list[str]:
+    """What is made of the plain network's gradients, which costs no accuracy."""
+    plain, cells = study.results[PLAIN_NETWORK], []
+    for figure in IN_SHORT:
         key = figure.replace("delta", name)
-        known = key != figure
-        cells.append(_difference(each[key] - each[figure] for each in plain.values()) if known else "")
-    return [f"{PLAIN_NETWORK}, {name.removeprefix('delta, ')} afterwards", "", *cells]
+        cells.append("" if key == figure else _difference(each[key] - each[figure] for each in plain.values()))
+    return [f"{PLAIN_NETWORK}, {name.removeprefix('delta, ')} afterwards", "", str(len(plain)), *cells]
 
 
 def _about_pareto(stored: dict[str, Any]) -> str:
@@ -534,6 +542,7 @@ TABLES = {
     ("docs/evidence/pareto.md", "pareto"): (pareto, "pareto.json"),
     ("docs/evidence/pareto.md", "half"): (pareto_equal(0.005), "pareto.json"),
     ("docs/evidence/pareto.md", "one"): (pareto_equal(0.01), "pareto.json"),
+    ("docs/evidence/pareto.md", "whole"): (pareto, "pareto-whole.json"),
     ("docs/evidence/index.md", "cifar10-gradients"): (cifar10_gradients, "cifar10.json"),
     ("docs/evidence/index.md", "cifar10-maps"): (cifar10_maps, "cifar10.json"),
     ("docs/evidence/index.md", "cifar10-cpu-gradients"): (cifar10_gradients, "cifar10-cpu.json"),

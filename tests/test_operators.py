@@ -52,6 +52,8 @@ HIGHER_ORDER = {
 def test_higher_order_operators(name):
     pytest.importorskip(f"torch._higher_order_ops.{name}")
     function = HIGHER_ORDER[name]
+    if not function(torch.ones(3, 4, **double).requires_grad_()).requires_grad:
+        pytest.skip(f"{name} has no derivative in this torch")
     assert_refused(net_with(Apply(function)), "got the higher-order operator", "hides the activations")
     x, y = data()
     with pytest.raises(RuntimeError, match="got the higher-order operator") as raised:
