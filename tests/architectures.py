@@ -1,13 +1,27 @@
 """Real architectures, small, in float64: how to build one, the size of its images."""
 
+import itertools
+
 import timm
 import torch
 import torchvision
 from torch import nn
 
+
+def narrow(model):
+    """With linear layers of 64 in the place of 4096, whose weights fill a gigabyte and take most of the time."""
+    layers = [layer for layer in model.classifier if isinstance(layer, nn.Linear)]
+    widths = [layers[0].in_features, *[64] * (len(layers) - 1), layers[-1].out_features]
+    made = iter([nn.Linear(*pair) for pair in itertools.pairwise(widths)])
+    model.classifier = nn.Sequential(
+        *(next(made) if isinstance(layer, nn.Linear) else layer for layer in model.classifier)
+    )
+    return model
+
+
 ARCHITECTURES = {
-    "tv alexnet": (lambda: torchvision.models.alexnet(), 64),
-    "tv vgg11_bn": (lambda: torchvision.models.vgg11_bn(), 32),
+    "tv alexnet": (lambda: narrow(torchvision.models.alexnet()), 64),
+    "tv vgg11_bn": (lambda: narrow(torchvision.models.vgg11_bn()), 32),
     "tv resnet18": (lambda: torchvision.models.resnet18(), 64),
     "tv resnext50": (lambda: torchvision.models.resnext50_32x4d(), 48),
     "tv densenet121": (lambda: torchvision.models.densenet121(), 64),
