@@ -36,7 +36,7 @@ SAMPLES = (1, 2, 4, 8, 16, 32)  # of SmoothGrad
 def gradients(model: nn.Module, x: Tensor, y: Tensor, criterion: str) -> tuple[Tensor, Tensor]:
     """Both input gradients, each image's of unit norm: a sure network's are small, and all we ask is where."""
     pairs = [input_gradients(model, a, b, criterion=criterion) for a, b in zip(x.split(250), y.split(250), strict=True)]
-    return tuple(_unit(torch.cat(parts)) for parts in zip(*pairs, strict=True))  # type: ignore[return-value]
+    return tuple(unit(torch.cat(parts)) for parts in zip(*pairs, strict=True))  # type: ignore[return-value]
 
 
 def evaluate(model: nn.Module, images: Images, criterion: str = "log_prob") -> dict[str, float]:
@@ -89,7 +89,7 @@ def smoothed(
             mean = saliency.smooth_gradient(
                 model, x, y, samples=count, criterion=criterion, chunk_size=250, generator=_seeded(count, x.device)
             )
-            found["own"].append(float(F.cosine_similarity(_unit(mean).flatten(1), _unit(delta).flatten(1)).mean()))
+            found["own"].append(float(F.cosine_similarity(unit(mean).flatten(1), unit(delta).flatten(1)).mean()))
         maps = mean.abs().sum(1)
         area = metrics.insertion(model, x, scaled(maps), y, chunk_size=500)
         found["insertion"].append(float(area.mean() / confidence.mean()))
@@ -187,7 +187,8 @@ def _cell(name: str, values: list[float], sign: str = "") -> str:
     return f"{statistics.fmean(values):{sign}.3f}{spread}"
 
 
-def _unit(gradient: Tensor) -> Tensor:
+def unit(gradient: Tensor) -> Tensor:
+    """Each image's gradient (N, ...) of unit norm, in double precision; zeros stay."""
     return F.normalize(gradient.double().flatten(1), eps=1e-300).view_as(gradient)
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from classifiers import Block, small_resnet
-from figures import scaled
+from figures import scaled, unit
 from images import Images, photographs
 from jobs import results_in, run_missing, write
 from torch import Tensor, nn
@@ -211,10 +211,6 @@ def grid_pointing(model: nn.Module, x: Tensor, y: Tensor) -> float:
             maps = saliency.gradient(model, mosaic, y[cells[:, cell]]).abs().sum(1)
             shares.append(metrics.grid_pointing(maps)[:, cell])
     return float(torch.cat(shares).mean())
-
-
-def unit(gradient: Tensor) -> Tensor:
-    return F.normalize(gradient.double().flatten(1), eps=1e-300).view_as(gradient)
 
 
 def cosine(a: Tensor, b: Tensor) -> float:

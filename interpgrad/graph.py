@@ -34,10 +34,11 @@ _OPAQUE = {
     "Redistribute": _TENSOR_PARALLEL,
 }
 _WITHOUT_KERNEL = "WarnNotImplemented"
-# Placeholders, and operators of libraries, registered in C++ and in Python.
 # Placeholders, and operators in C++, such as torchvision's, whose newest are registered in Python.
-_MAY_RAISE = ("torch::autograd::NotImplemented", "torch::autograd::Error", "torch::autograd::CppNode<")
-_MAY_RAISE += ("GeneratedBackwardFor_torchvision_",)  # type: ignore[assignment]
+_MAY_RAISE = (
+    *("torch::autograd::NotImplemented", "torch::autograd::Error"),
+    *("torch::autograd::CppNode<", "GeneratedBackwardFor_torchvision_"),
+)
 _HIGHER_ORDER = "torch._higher_order_ops."  # cond, map, scan, while_loop, flex attention ...
 
 

@@ -320,7 +320,7 @@ class InterpretableGradientLoss(nn.Module):
     def extra_repr(self) -> str:
         """The settings, in the order of the constructor."""
         names = ("error", "lam", "target", "criterion", "batch_norm", "every", "start", "warmup", "activations")
-        values = {name: getattr(self, name) for name in (*names, "transform")}
+        values = {name: getattr(self, name) for name in (*names, "ignore_index", "transform")}
         return ", ".join(f"{name}={getattr(value, '__name__', repr(value))}" for name, value in values.items())
 
 
