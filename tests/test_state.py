@@ -141,7 +141,30 @@ def test_tables_of_one_shape_for_two_sizes(call):
     call(model, x[..., :12, :8], y)
     fresh = Flat(registered=True)
     fresh.net.load_state_dict(model.net.state_dict())
-    torch.testing.assert_close(model(x[..., :8, :12]), fresh(x[..., :8, :12]))
+    for images in (x[..., :12, :8], x[..., :8, :12]):
+        torch.testing.assert_close(model(images), fresh(images))
+
+
+def test_tables_whose_size_is_noted_elsewhere():
+    """In a dict, say, or in another object: the table stays for its shape."""
+
+    class Noted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net, self.noted = small_net(), {}
+            self.register_buffer("table", torch.ones(1, **double))
+
+        def forward(self, x):
+            if self.noted.get("size") != x.shape[-2:]:
+                self.noted["size"] = x.shape[-2:]
+                self.table = torch.ones(x.shape[-2:], **double)
+            return self.net(x * self.table)
+
+    (x, y), model = data(size=16), Noted()
+    model(x)
+    InterpretableGradientLoss(model)(x[..., :8, :12], y).backward()
+    model(x[..., :8, :12])
+    assert model.table.shape == (8, 12)
 
 
 def test_statistics_that_are_replaced_are_given_back():
