@@ -16,17 +16,19 @@ import copy
 import inspect
 import json
 import re
-import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import frozen_oracle as frozen
 import timm
 import torch
 import torch.nn.functional as F
 import torchvision
+from flops import count_flops
+from oracle import RELU_BACKWARDS, SMOOTH_BACKWARDS, ClampBackwards
 from timm.models._registry import _model_to_module
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -36,12 +38,6 @@ from interpgrad import InterpretableGradientLoss, graph, input_gradients
 from interpgrad.errors import cos
 from interpgrad.guided import FAMILIES
 from interpgrad.model import logits_of
-
-ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "benchmarks")]
-import frozen  # noqa: E402
-from flops import count_flops  # noqa: E402
-from oracle import RELU_BACKWARDS, SMOOTH_BACKWARDS, ClampBackwards  # noqa: E402
 
 SIZES = (64, 96, 128, 160, 192, 224, 240, 256, 384)
 

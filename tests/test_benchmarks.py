@@ -14,7 +14,6 @@ ROOT = Path(__file__).parent.parent
 pytest.importorskip("torchvision")
 pytest.importorskip("tqdm")
 
-sys.path.insert(0, str(ROOT / "benchmarks"))
 import overhead  # noqa: E402
 import tables  # noqa: E402
 

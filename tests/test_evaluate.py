@@ -17,11 +17,9 @@ ROOT = Path(__file__).parent.parent
 pytest.importorskip("torchmetrics")
 pytest.importorskip("matplotlib")
 
-from PIL import Image  # noqa: E402
-
-sys.path.insert(0, str(ROOT / "examples"))
 import classifiers  # noqa: E402
 import evaluate  # noqa: E402
+from PIL import Image  # noqa: E402
 
 from interpgrad import metrics  # noqa: E402
 

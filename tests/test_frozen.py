@@ -4,7 +4,7 @@ import collections
 import copy
 import threading
 
-import frozen
+import frozen_oracle as frozen
 import pytest
 import timm
 import torch

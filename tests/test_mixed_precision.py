@@ -4,7 +4,7 @@ import copy
 import functools
 import itertools
 
-import frozen
+import frozen_oracle as frozen
 import pytest
 import torch
 import torch.nn.functional as F

@@ -1,6 +1,5 @@
 """The experiments: networks, a training that is killed, a miniature of the whole way from training to tables."""
 
-import importlib.util
 import json
 import re
 import signal
@@ -16,28 +15,20 @@ from PIL import Image
 from torch import nn
 
 pytestmark = pytest.mark.cpu("the experiments choose their device")
-ROOT = Path(__file__).parent.parent
+STUDY = Path(__file__).parent.parent / "benchmarks" / "studies" / "paper"
 pytest.importorskip("torchvision")
 pytest.importorskip("sklearn")
-sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "examples" / "paper")]
 import compare  # noqa: E402
 import images  # noqa: E402
 import networks  # noqa: E402
+import results_tables  # noqa: E402
 import slides  # noqa: E402
 import train  # noqa: E402
 from test_quickstart import folder  # noqa: E402, F401  # a fixture
 
 
-def loaded(name):
-    """A script of which another folder has one of the same name."""
-    spec = importlib.util.spec_from_file_location(f"paper_{name}", ROOT / "examples" / "paper" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def run(name, *arguments, **options):
-    command = [sys.executable, str(ROOT / "examples" / "paper" / name), *map(str, arguments)]
+    command = [sys.executable, str(STUDY / name), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
 
 
@@ -71,7 +62,7 @@ def test_killed_and_continued(folder, tmp_path, monkeypatch):  # noqa: F811
     """At any moment: the weights are those of the run that was left alone, bit for bit."""
     options = (*SMALL, "--every", 2, "--data", folder)
     trained(monkeypatch, *options, "--output", tmp_path / "whole")
-    command = [sys.executable, ROOT / "examples/paper/train.py", *options, "--output", tmp_path / "killed"]
+    command = [sys.executable, STUDY / "train.py", *options, "--output", tmp_path / "killed"]
     process = subprocess.Popen([str(each) for each in command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not (tmp_path / "killed" / "checkpoint.pt").exists():
         time.sleep(0.001)
@@ -123,21 +114,21 @@ def test_the_whole_pipeline_in_miniature(folder, tmp_path):  # noqa: F811
     """The queue, with a run that somebody else is at, and RESULTS.md."""
     runs, held = tmp_path / "runs", tmp_path / "runs" / "resnet18_recipe-1"
     options = (*MINIATURE, "--data", folder, "--output", runs)
-    result = run("sweep.py", *options, "--seeds", 2, "--dry-run")
+    result = run("all_runs.py", *options, "--seeds", 2, "--dry-run")
     assert result.returncode == 0, result.stderr
     assert re.search(r"\n6 runs, 0\.\d hours of training on one cpu", result.stdout)
     held.mkdir(parents=True)
     with filelock.FileLock(held / "lock"):
-        result = run("sweep.py", *options, "--seeds", 2, "--jobs", 2)
+        result = run("all_runs.py", *options, "--seeds", 2, "--jobs", 2)
     assert result.returncode == 0, result.stderr
     assert "resnet18_recipe-1: at work elsewhere" in result.stdout
     assert result.stdout.count(" minutes") == 5
     assert not (held / "run.json").exists()
-    result = run("sweep.py", *options, "--seeds", 2)
+    result = run("all_runs.py", *options, "--seeds", 2)
     assert result.stdout.splitlines()[-1].startswith("1/1 resnet18_recipe-1: ")
     files = ("--json", tmp_path / "runs.json", "--output", tmp_path / "RESULTS.md")
     for source in ((runs,), ()):  # and again from what is stored
-        result = run("tables.py", *source, *files)
+        result = run("results_tables.py", *source, *files)
         assert result.returncode == 0, result.stderr
         text = (tmp_path / "RESULTS.md").read_text()
         assert "3 settings, 6 runs: photos, 1 epochs, batches of 32, one cycle of the learning rate, " in text
@@ -162,10 +153,9 @@ def test_the_whole_pipeline_in_miniature(folder, tmp_path):  # noqa: F811
     ],
 )
 def test_verdicts(difference, outcome):
-    tables = loaded("tables")
-    assert tables.verdict(2.0, {"difference": difference, "differences": [1, 2]}) == outcome
-    assert tables.verdict(2.0, {"difference": difference, "differences": [1]}) == "within the spread of seeds"
-    assert tables.verdict(2.0, None) == "missing"
+    assert results_tables.verdict(2.0, {"difference": difference, "differences": [1, 2]}) == outcome
+    assert results_tables.verdict(2.0, {"difference": difference, "differences": [1]}) == "within the spread of seeds"
+    assert results_tables.verdict(2.0, None) == "missing"
 
 
 def test_the_slides_figures_agree_with_each_other():
@@ -203,11 +193,11 @@ def test_fractions_of_earlier_files():
     [("RESULTS.md", "runs.json", ()), ("FULL-WIDTH.md", "full-width/runs.json", ("--present",))],
 )
 def test_results_are_those_stored(name, stored, options):
-    """What tables.py makes of the stored runs."""
-    results, text = ROOT / "examples/paper/results" / stored, ROOT / "examples/paper" / name
+    """What results_tables.py makes of the stored runs."""
+    results, text = STUDY / "results" / stored, STUDY / name
     again = text.with_name(f"AGAIN-{name}")
     try:
-        assert run("tables.py", "--json", results, "--output", again, *options).returncode == 0
+        assert run("results_tables.py", "--json", results, "--output", again, *options).returncode == 0
         assert again.read_text() == text.read_text()
     finally:
         again.unlink(missing_ok=True)

@@ -8,16 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.fx.experimental.proxy_tensor import make_fx
 
 pytestmark = pytest.mark.cpu("the examples choose their device")
 ROOT = Path(__file__).parent.parent
 for name in ("sklearn", "torchvision", "tabulate"):
     pytest.importorskip(name)
 
-from PIL import Image  # noqa: E402
-
-sys.path.insert(0, str(ROOT / "examples"))
 import pareto  # noqa: E402
+from PIL import Image  # noqa: E402
 
 
 @pytest.fixture
@@ -44,8 +43,18 @@ def test_penalties_are_their_formulas():
     torch.testing.assert_close(pareto.squared_norm(delta, None), delta.square().sum((1, 2, 3)))
 
 
+@pytest.mark.parametrize("architecture", ["small_resnet", "resnet18"])
+def test_networks_differ_in_their_activation_alone(architecture):
+    for activation, wanted, other in (("ReLU", "relu", "silu"), ("SiLU", "silu", "relu")):
+        torch.manual_seed(0)
+        model = pareto.network_of(architecture, 4, 8, activation).eval()
+        called = " ".join(str(node.target) for node in make_fx(model)(torch.rand(2, 3, 32, 32)).graph.nodes)
+        assert wanted in called
+        assert other not in called
+
+
 def test_attacked_images_are_one_step_away():
-    model = pareto.network_of(pareto.SILU, 4).eval()
+    model = pareto.network_of("small_resnet", 4, 16, "SiLU").eval()
     x, y = torch.rand(3, 3, 32, 32), torch.tensor([0, 1, 3])
     moved = pareto.attacked(model, x, y, 0.25)
     torch.testing.assert_close((moved - x).flatten(1).norm(dim=1), torch.full((3,), 0.25))
@@ -56,7 +65,16 @@ def test_attacked_images_are_one_step_away():
 def test_a_tiny_study(folder, tmp_path):
     path = tmp_path / "pareto.json"
     names = ["SiLU, high-pass norm 0.03", "ReLU, adversarial 0.1"]
-    command = [sys.executable, ROOT / "examples" / "pareto.py", "--data", folder, "--json", path, "--images", 130]
+    command = [
+        sys.executable,
+        ROOT / "benchmarks" / "studies" / "pareto.py",
+        "--data",
+        folder,
+        "--json",
+        path,
+        "--images",
+        130,
+    ]
     command += ["--networks", tmp_path / "networks", "--epochs", 1, "--jobs", 1, "--seeds", "0", "1", "--names"]
     for chosen in (names[:1], names):
         subprocess.run([*map(str, command), *chosen], check=True, timeout=300, cwd=tmp_path)

@@ -15,13 +15,12 @@ pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 pytest.importorskip("torchvision")
 
-from PIL import Image  # noqa: E402
-
-sys.path.insert(0, str(ROOT / "examples"))
 import classifiers  # noqa: E402
+import comparisons  # noqa: E402
 import figures  # noqa: E402
 import images  # noqa: E402
 import training  # noqa: E402
+from PIL import Image  # noqa: E402
 
 
 def run(*arguments, cwd):
@@ -89,11 +88,11 @@ def test_figures_of_a_known_gradient(monkeypatch):
 def test_worth_in_samples_of_smoothgrad():
     """The numbers of samples at the measured points, their geometric mean halfway, and both ends."""
     measured = [0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.97]
-    for samples, value in zip((0, *figures.SAMPLES), measured, strict=True):
-        assert figures.worth(measured, value) == pytest.approx(samples)
-    assert figures.worth(measured, 0.75) == pytest.approx(8**0.5)
-    assert figures.worth(measured, 0.4) == 0
-    assert figures.worth(measured, 0.98) == float("inf")
+    for samples, value in zip((0, *comparisons.SAMPLES), measured, strict=True):
+        assert comparisons.worth(measured, value) == pytest.approx(samples)
+    assert comparisons.worth(measured, 0.75) == pytest.approx(8**0.5)
+    assert comparisons.worth(measured, 0.4) == 0
+    assert comparisons.worth(measured, 0.98) == float("inf")
 
 
 def test_a_random_network_is_told_from_a_trained_one():
@@ -103,23 +102,25 @@ def test_a_random_network_is_told_from_a_trained_one():
     task = images.digits_on_photographs(64, 30)
     model.train()(task.train[0])
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    found = figures.randomized(model, task)
+    found = comparisons.randomized(model, task)
     assert abs(found["cosine, all layers"]) < abs(found["ranks, last layer"]) <= 1
     assert found["ranks, all layers"] < found["ranks, last layer"]
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_smoothgrad_of_no_noise_is_the_gradient(monkeypatch):
-    monkeypatch.setattr(figures.saliency, "smooth_gradient", lambda model, x, y, samples, **options: plain(model, x, y))
-    plain = functools.partial(figures.saliency.gradient, criterion="log_prob")
+    monkeypatch.setattr(
+        comparisons.saliency, "smooth_gradient", lambda model, x, y, samples, **options: plain(model, x, y)
+    )
+    plain = functools.partial(comparisons.saliency.gradient, criterion="log_prob")
     torch.manual_seed(0)
     model = classifiers.small_resnet(10)
     task = images.digits_on_photographs(64, 20)
     model.train()(task.train[0])
-    found = figures.smoothed(model, task)
-    assert found["own"] == pytest.approx([1.0] * len(figures.SAMPLES))
-    assert found["insertion"] == pytest.approx([found["insertion"][0]] * (1 + len(figures.SAMPLES)))
-    assert found["pointing"] == [found["pointing"][0]] * (1 + len(figures.SAMPLES))
+    found = comparisons.smoothed(model, task)
+    assert found["own"] == pytest.approx([1.0] * len(comparisons.SAMPLES))
+    assert found["insertion"] == pytest.approx([found["insertion"][0]] * (1 + len(comparisons.SAMPLES)))
+    assert found["pointing"] == [found["pointing"][0]] * (1 + len(comparisons.SAMPLES))
 
 
 def test_augmentation_is_a_crop_mirrored_or_not():

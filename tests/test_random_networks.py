@@ -2,7 +2,7 @@
 
 import copy
 
-import frozen
+import frozen_oracle as frozen
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st

@@ -30,6 +30,15 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 PYTHONS = [each.rpartition(" ")[2] for each in PROJECT["classifiers"] if re.search(r":: 3\.\d+$", each)]
 
 
+def test_no_two_files_have_one_name():
+    """A search, a traceback and an import then name one file. Packages alone repeat theirs."""
+    tracked = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if tracked.returncode:
+        pytest.skip("not a git checkout")
+    names = [Path(each).name for each in tracked.stdout.split()]
+    assert {each for each in names if names.count(each) > 1} <= {"__init__.py", "__main__.py"}
+
+
 def read(path):
     content = yaml.safe_load(path.read_text())
     return {"on" if key is True else key: value for key, value in content.items()}  # YAML takes on for true

@@ -10,7 +10,6 @@ import torch
 EXAMPLES = Path(__file__).parent.parent / "examples"
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
-sys.path.insert(0, str(EXAMPLES))
 import right_reasons  # noqa: E402
 
 pytestmark = pytest.mark.cpu("the example runs on the CPU")

@@ -1,9 +1,8 @@
 """Saliency maps: against the papers' formulas written out in loops, and against peers where they are right."""
 
 import copy
-import sys
-from pathlib import Path
 
+import evaluation
 import pytest
 import timm
 import torch
@@ -14,9 +13,6 @@ from hypothesis import strategies as st
 from nets import autocast, data, seeded, small_net
 from torch import nn
 from traces import assert_same_trace, trace
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-import evaluation
 
 from interpgrad import input_gradients, saliency
 from interpgrad.saliency import CAMS

@@ -6,7 +6,7 @@ import itertools
 import threading
 import warnings
 
-import frozen
+import frozen_oracle as frozen
 import pytest
 import torch
 import torch.nn.functional as F

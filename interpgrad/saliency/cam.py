@@ -35,7 +35,7 @@ from interpgrad.forward import check_images
 from interpgrad.inputs import Inputs, check_finite, which
 from interpgrad.model import classes_to_explain, evaluation_mode
 from interpgrad.saliency.ablation import ablated_scores, in_chunks
-from interpgrad.saliency.gradients import chunks
+from interpgrad.saliency.gradient_maps import chunks
 from interpgrad.saliency.layer import Layer, Reshape
 
 _IMAGES = 64  # at once through the whole network, where the copies run through its end only

@@ -1,6 +1,7 @@
 """Attempts at a cleaner gradient of the log-probability on photographs, each against the plain loss, several seeds.
 
-    python examples/attempts.py --data DIR --json benchmarks/results/attempts.json     # CIFAR-10: 10,000 images
+    cd benchmarks/studies
+    python attempts.py --data DIR --json results/attempts.json     # CIFAR-10: 10,000 images
 
 One process per core, one thread each. Interrupted and started again, it runs what is missing.
 """
@@ -8,6 +9,7 @@ One process per core, one thread each. Interrupted and started again, it runs wh
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,11 +17,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from classifiers import Block, small_resnet
-from figures import evaluate, smoothed
-from images import Images, photographs
+from comparisons import smoothed
 from jobs import run_missing
 from torch import Tensor, nn
+
+sys.path.append(str(Path(__file__).parents[2] / "examples"))
+from classifiers import Block, small_resnet
+from figures import evaluate
+from images import Images, photographs
 from training import PLAIN, Run, Setting, augment, one_cycle
 
 from interpgrad import InterpretableGradientLoss, saliency

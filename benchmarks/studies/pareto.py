@@ -1,6 +1,7 @@
 """Every way to a cleaner input gradient against those that cost nothing, at several strengths, for equal accuracy.
 
-    python examples/pareto.py --data DIR --json benchmarks/results/pareto.json     # CIFAR-10: 10,000 images, 8 epochs
+    cd benchmarks/studies
+    python pareto.py --data DIR --json results/pareto.json     # CIFAR-10: 10,000 images, 8 epochs
 
 One process per core, one thread each. Interrupted and started again, it runs what is missing. Networks and gradients
 are kept in --networks: the agreement between seeds is of pairs of them.
@@ -12,17 +13,21 @@ import argparse
 import functools
 import itertools
 import statistics
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from classifiers import Block, small_resnet
+from jobs import results_in, run_missing, write
+from networks import NETWORKS, BasicBlock
+from torch import Tensor, nn
+
+sys.path.append(str(Path(__file__).parents[2] / "examples"))
+from classifiers import Block
 from figures import scaled, unit
 from images import Images, photographs
-from jobs import results_in, run_missing, write
-from torch import Tensor, nn
 from training import PLAIN, Run, augment, one_cycle
 
 from interpgrad import InterpretableGradientLoss, input_gradients, low_pass, metrics, plot, saliency
@@ -55,18 +60,56 @@ TERMS: dict[str, dict[str, Any]] = {
 class Method:
     """How a network is made and trained."""
 
-    network: str = "ReLU"
+    activation: str = "ReLU"
     term: str = ""
     lam: float = 0.0  # of the term; grows from 0 over the first half
     noise: float = 0.0  # standard deviation, in pixels of [0, 1], added to training images
     attack: float = 0.0  # L2 length of one gradient step, in pixels of [0, 1], added to training images
 
     def __str__(self) -> str:
-        parts = [self.network]
+        parts = [self.activation]
         parts += [f"{self.term} {self.lam:g}"] if self.term else []
         parts += [f"noise {self.noise:g}"] if self.noise else []
         parts += [f"adversarial {self.attack:g}"] if self.attack else []
         return ", ".join(parts)
+
+
+@dataclass(frozen=True)
+class Study:
+    """What all methods share."""
+
+    data: Path
+    images: int
+    epochs: int
+    architecture: str
+    width: float
+    networks: Path  # where they are kept, with their gradients
+
+    def images_of(self) -> Images:
+        return _read(self.data, self.images)
+
+    def network(self, method: Method) -> nn.Sequential:
+        classes = len(self.images_of().classes)
+        return network_of(self.architecture, classes, self.width, method.activation)
+
+
+def network_of(architecture: str, classes: int, width: float, activation: str) -> nn.Sequential:
+    """A network of images in [0, 1], whose first layer standardizes the colours."""
+    network = NETWORKS[architecture][0](classes, width)
+    if architecture != "small_resnet":
+        network = nn.Sequential(nn.BatchNorm2d(3, affine=False), *network)
+    if activation == "SiLU":
+        for index, layer in enumerate(network):
+            if isinstance(layer, (Block, BasicBlock)):
+                layer.rectify = F.silu
+            elif isinstance(layer, nn.ReLU):
+                network[index] = nn.SiLU()
+    return network
+
+
+@functools.cache
+def _read(data: Path, count: int) -> Images:
+    return photographs(data, count)
 
 
 RELU, SILU = Method(), Method("SiLU")
@@ -115,28 +158,12 @@ def attacked(model: nn.Module, x: Tensor, y: Tensor, length: float) -> Tensor:
     return x + length * F.normalize(gradient.flatten(1), eps=1e-30).view_as(x)
 
 
-def network_of(method: Method, classes: int) -> nn.Sequential:
-    network = small_resnet(classes)
-    if method.network == "SiLU":
-        for index, layer in enumerate(network):
-            if isinstance(layer, Block):
-                layer.rectify = F.silu
-            elif isinstance(layer, nn.ReLU):
-                network[index] = nn.SiLU()
-    return network
-
-
-@functools.cache
-def images_in(data: Path, count: int) -> Images:
-    return photographs(data, count)
-
-
-def trained(method: Method, images: Images, seed: int, epochs: int) -> tuple[nn.Module, float]:
+def trained(method: Method, study: Study, seed: int) -> tuple[nn.Module, float]:
     """The network in evaluation mode, and the median time of a step in ms."""
-    x, y = images.train
+    x, y = study.images_of().train
     torch.manual_seed(seed)
-    model = network_of(method, len(images.classes)).to(memory_format=torch.channels_last)
-    steps = epochs * (len(x) // BATCH)
+    model = study.network(method).to(memory_format=torch.channels_last)
+    steps = study.epochs * (len(x) // BATCH)
     run = one_cycle(PLAIN, model, steps, kind=type("Training", (Training,), {"method": method}))
     generator = torch.Generator().manual_seed(seed)
     while run.done < steps:
@@ -145,11 +172,10 @@ def trained(method: Method, images: Images, seed: int, epochs: int) -> tuple[nn.
     return model.eval(), statistics.median(run.milliseconds)
 
 
-def measure(method: Method, data: Path, count: int, folder: Path, epochs: int, seed: int) -> dict[str, Any]:
-    """The figures of one trained network. It is stored in the folder, with its gradients of the examined images."""
-    images = images_in(data, count)
-    model, milliseconds = trained(method, images, seed, epochs)
-    x, y = images.test
+def measure(method: Method, study: Study, seed: int) -> dict[str, Any]:
+    """The figures of one trained network. It is stored, with its gradients of the examined images."""
+    model, milliseconds = trained(method, study, seed)
+    x, y = study.images_of().test
     noisy = x + 0.1 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
     found: dict[str, Any] = {"accuracy": accuracy(model, x, y), "accuracy under noise 0.1": accuracy(model, noisy, y)}
     few = slice(None, None, max(1, len(x) // (4 * EXAMINED)))
@@ -157,10 +183,9 @@ def measure(method: Method, data: Path, count: int, folder: Path, epochs: int, s
     stepped = torch.cat([attacked(model, *each, 0.25) for each in parts])
     found |= {"accuracy after a step of 0.25": accuracy(model, stepped, y[few]), "ms/step": milliseconds}
     every = slice(None, None, max(1, len(x) // EXAMINED))
-    delta, figures = explained(model, x[every], y[every], len(images.classes))
-    folder.mkdir(parents=True, exist_ok=True)
-    stored = {"network": model.state_dict(), "delta": delta.half()}
-    torch.save(stored, folder / f"{method}, {seed}.pt")
+    delta, figures = explained(model, x[every], y[every], len(study.images_of().classes))
+    study.networks.mkdir(parents=True, exist_ok=True)
+    torch.save({"network": model.state_dict(), "delta": delta.half()}, study.networks / f"{method}, {seed}.pt")
     return found | figures
 
 
@@ -228,16 +253,17 @@ SHOWN = [RELU, replace(RELU, noise=0.035), replace(RELU, term="guided", lam=0.3)
 SHOWN += [replace(SILU, term="high-pass norm", lam=0.03)]
 
 
-def picture(images: Images, folder: Path, path: Path) -> None:
+def picture(study: Study, path: Path) -> None:
     """The gradients of networks of seed 0, on the first test image of each class and the second of the first two."""
+    images = study.images_of()
     y = images.test[1]
     first = [int((y == label).nonzero()[0]) for label in y.unique()]
     chosen = sorted([*first, first[0] + 1, first[1] + 1])
     x, y = images.test[0][chosen], y[chosen]
     columns = {}
     for method in SHOWN:
-        model = network_of(method, len(images.classes)).eval()
-        model.load_state_dict(torch.load(folder / f"{method}, 0.pt")["network"])
+        model = study.network(method).eval()
+        model.load_state_dict(torch.load(study.networks / f"{method}, 0.pt")["network"])
         columns[str(method).replace(", ", "\n")] = saliency.gradient(model, x, y, criterion="log_prob")
         if method == RELU:
             columns["ReLU\nSmoothGrad 16"] = saliency.smooth_gradient(model, x, y, samples=16, criterion="log_prob")
@@ -250,6 +276,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with train/ and test/")
     parser.add_argument("--json", type=Path, required=True, help="results, added to after every network")
     parser.add_argument("--networks", type=Path, default=Path("pareto-networks"), help="(%(default)s)")
+    parser.add_argument("--architecture", choices=NETWORKS, default="small_resnet", help="(%(default)s)")
+    parser.add_argument("--width", type=float, help="channels of its first stage (its own)")
     parser.add_argument("--names", nargs="+", choices=list(map(str, METHODS)), help="(all)")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="(%(default)s)")
     parser.add_argument("--images", type=int, default=10_000, help="of training (%(default)s)")
@@ -258,16 +286,17 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, help="processes (one per core)")
     options = parser.parse_args()
     methods = [method for method in METHODS if not options.names or str(method) in options.names]
-    arguments = (options.data, options.images, options.networks, options.epochs)
-    todo = [(str(method), seed, (method, *arguments)) for seed in options.seeds for method in methods]
-    about: dict[str, Any] = {"epochs": options.epochs, "images": options.images, "examined": EXAMINED}
-    about["protocol"] = str(metrics.PROTOCOLS["rise"])
+    width = options.width or NETWORKS[options.architecture][1]
+    study = Study(options.data, options.images, options.epochs, options.architecture, width, options.networks)
+    todo = [(str(method), seed, (method, study)) for seed in options.seeds for method in methods]
+    about = {"architecture": study.architecture, "width": width, "epochs": study.epochs, "images": study.images}
+    about |= {"examined": EXAMINED, "protocol": str(metrics.PROTOCOLS["rise"])}
     run_missing(options.json, todo, measure, options.jobs, about)
     results = results_in(options.json)
-    pairs = {title: between_seeds(options.networks, title, list(seeds)) for title, seeds in results.items()}
+    pairs = {title: between_seeds(study.networks, title, list(seeds)) for title, seeds in results.items()}
     write(options.json, {"torch": torch.__version__} | about | {"between seeds": pairs, "results": results})
     if options.picture:
-        picture(images_in(options.data, options.images), options.networks, options.picture)
+        picture(study, options.picture)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the runs of sweep.py come to: means over seeds, and differences to the runs without the loss, with intervals."""
+"""What the runs come to: means over seeds, and differences to the runs without the loss, with intervals."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
 """The experiments of the paper's Tables 1 to 4, in its reading and in others, as a queue of runs.
 
-    python examples/paper/sweep.py --data cifar100 --output runs                  # everything: see --dry-run first
-    python examples/paper/sweep.py --data cifar100 --output runs --dry-run        # what is missing, and GPU hours
-    python examples/paper/sweep.py --data DIR --output runs --scale 0.25 --epochs 3 --networks resnet18 --jobs 2
+    cd benchmarks/studies/paper
+    python all_runs.py --data cifar100 --output runs                  # everything: see --dry-run first
+    python all_runs.py --data cifar100 --output runs --dry-run        # what is missing, and GPU hours
+    python all_runs.py --data DIR --output runs --scale 0.25 --epochs 3 --networks resnet18 --jobs 2
 
 Each run is trained (train.py) and measured (measure.py) in a folder of its own, OUTPUT/NAME-SEED, and locked while it
 is. So several processes and machines that see the folder can work on it at once; what is interrupted goes on later.
@@ -29,7 +30,7 @@ from networks import NETWORKS
 from runs import BEST, name_of
 from slides import WEIGHTS
 
-sys.path.append(str(Path(__file__).parent.parent))
+sys.path += [str(Path(__file__).parents[1]), str(Path(__file__).parents[3] / "examples")]
 from images import BadInputError, Images
 from markdown_table import markdown_table
 from quickstart import positive
@@ -182,7 +183,7 @@ def main() -> None:
             for number, (experiment, result) in enumerate(pending.items(), 1):
                 print(f"{number}/{len(pending)} {experiment.folder}: {result.result()}", flush=True)
     except BadInputError as reason:
-        print(f"sweep: {reason}", file=sys.stderr)
+        print(f"all_runs: {reason}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -1,8 +1,9 @@
 """Train one network of the experiments, on CIFAR-10, CIFAR-100 or a folder of images.
 
-    python examples/paper/train.py --network resnet18 --data cifar100 --lam 0 --output runs/plain
-    python examples/paper/train.py --network resnet18 --data cifar100 --lam 0.3 --output runs/with
-    python examples/paper/train.py --network small_resnet --width 32 --one-cycle --epochs 8 --data DIR --output ...
+    cd benchmarks/studies/paper
+    python train.py --network resnet18 --data cifar100 --lam 0 --output runs/plain
+    python train.py --network resnet18 --data cifar100 --lam 0.3 --output runs/with
+    python train.py --network small_resnet --width 32 --one-cycle --epochs 8 --data DIR --output ...
 
 Writes OUTPUT/checkpoint.pt after every epoch, all or nothing, and OUTPUT/run.json at the end. Killed at any moment and
 started again, it goes on from there and ends at the same weights, bit for bit.
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-sys.path.append(str(Path(__file__).parent.parent))
+sys.path += [str(Path(__file__).parents[1]), str(Path(__file__).parents[3] / "examples")]
 from images import BadInputError, Images, cifar, photographs
 from networks import NETWORKS, build
 from quickstart import positive

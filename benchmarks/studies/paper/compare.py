@@ -1,6 +1,7 @@
 """Settings over seeds: the gradients' figures, and every map under every metric, as differences to one of them.
 
-    python examples/paper/compare.py runs/cifar10 --base without --json benchmarks/results/cifar10.json
+    cd benchmarks/studies/paper
+    python compare.py runs/cifar10 --base without --json ../results/cifar10.json
 
 Reads what train.py and measure.py left in folders NAME-SEED, prints the tables, stores what they are made of.
 """
@@ -20,9 +21,9 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-sys.path.append(str(Path(__file__).parent.parent))
+sys.path += [str(Path(__file__).parents[1]), str(Path(__file__).parents[3] / "examples")]
+from comparisons import both_gradients, paired_table, worth
 from evaluate import METRICS, TITLES
-from figures import both_gradients, paired_table, worth
 from markdown_table import markdown_table
 
 

@@ -1,6 +1,7 @@
-"""RESULTS.md: the paper's Tables 1 to 4 beside what the runs of sweep.py gave, and which of its claims that bears out.
+"""RESULTS.md: the paper's Tables 1 to 4 beside what the runs gave, and which of its claims that bears out.
 
-    python examples/paper/tables.py runs --json examples/paper/results/runs.json --output examples/paper/RESULTS.md
+    cd benchmarks/studies/paper
+    python results_tables.py runs --json results/runs.json --output RESULTS.md
 
 The JSON holds what the tables are made of, so that they can be made again without the runs: leave out the folder.
 """
@@ -148,7 +149,7 @@ def _told(stored: Stored) -> str:
 
 
 START, END = "<!-- --8<-- [start:tables] -->", "<!-- --8<-- [end:tables] -->"  # what docs/evidence/paper.md shows
-INTRODUCTION = """Made by `tables.py` from the runs of `sweep.py`; do not edit. {told}
+INTRODUCTION = """Made by `results_tables.py` from the runs of `all_runs.py`; do not edit. {told}
 
 The slides' figures are of one run each. Ours: mean ± standard deviation over seeds, in brackets the mean difference to
 the network of the same seed without the loss. Marks on differences: ✓ reproduced (the 95% interval, over seeds and

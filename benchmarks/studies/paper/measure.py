@@ -1,6 +1,7 @@
 """Measure finished runs: input gradients, and the faithfulness of saliency and class activation maps.
 
-    python examples/paper/measure.py runs/without-0 runs/with-0 --data DIR --limit 1000
+    cd benchmarks/studies/paper
+    python measure.py runs/without-0 runs/with-0 --data DIR --limit 1000
 
 Writes figures.json and one JSON file for each method into the folder of each run; started again, does what is missing.
 """
@@ -16,10 +17,11 @@ from typing import Any
 import torch
 from torch.utils.data import TensorDataset
 
-sys.path.append(str(Path(__file__).parent.parent))
+sys.path += [str(Path(__file__).parents[1]), str(Path(__file__).parents[3] / "examples")]
 from classifiers import Network, last_layer, network_of
+from comparisons import randomized, smoothed
 from evaluate import TITLES, Task, add_protocol, evaluate_once
-from figures import evaluate, randomized, smoothed
+from figures import evaluate
 from images import BadInputError, Images
 from networks import build
 from quickstart import picture, positive

@@ -1,7 +1,8 @@
 """The sweep behind the recipe: every setting of interest, several seeds, what matters most first.
 
-    python examples/sweep.py --json benchmarks/results/sweep.json
-    python examples/sweep.py --json benchmarks/results/sweep.json --groups object schedule     # these alone
+    cd benchmarks/studies
+    python recipe.py --json results/recipe.json
+    python recipe.py --json results/recipe.json --groups object schedule     # these alone
 
 One process per core, one thread each. Interrupted and started again, it runs what is missing.
 """
@@ -11,12 +12,16 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
+import sys
 from pathlib import Path
 from typing import Any
 
-from figures import evaluate, randomized, smoothed
-from images import digits_on_photographs
+from comparisons import randomized, smoothed
 from jobs import run_missing
+
+sys.path.append(str(Path(__file__).parents[2] / "examples"))
+from figures import evaluate
+from images import digits_on_photographs
 from quickstart import train
 from training import CRITERIA, PAPER, PLAIN, RECIPE, Setting
 
