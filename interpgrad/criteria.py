@@ -18,7 +18,7 @@ import copy
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,7 @@ from interpgrad import graph
 from interpgrad.autocast import at_least_single
 from interpgrad.model import class_logits
 
+CriterionName = Literal["log_prob", "logit", "cross_entropy"]
 Criterion = Callable[[Tensor, Any], Tensor]  # (logits, y) -> 0-dim
 Derivative = Callable[[Tensor, Any, bool], Tensor]  # (logits, y, create_graph) -> v
 

@@ -9,10 +9,12 @@ Interpretable Gradients", arXiv 2404.15024; the cosine, printed there as a simil
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+ErrorName = Literal["cos", "mae", "mse", "hi", "outside"]
 Error = Callable[[Tensor, Tensor], Tensor]  # (delta, target) -> (N,)
 
 

@@ -89,7 +89,7 @@ def forward_without_trace(
     root: Any = model_input.grad_fn
     root.without_trace = True
     with (
-        _random_state_restored(module, x),
+        random_state_restored(module, x),
         _recording(module, batch_norm, without_trace=True) as recording,
         _eager(),
     ):
@@ -341,7 +341,7 @@ def _differs(value: Any, before: Any) -> bool:
 
 
 @contextmanager
-def _random_state_restored(module: nn.Module, x: Tensor) -> Iterator[None]:
+def random_state_restored(module: nn.Module, x: Tensor) -> Iterator[None]:
     """Restore the generators of the CPU, of every device that x and the module live on, of Python and of numpy."""
     numpy, of_python = sys.modules.get("numpy"), random.getstate()
     of_numpy = numpy and numpy.random.get_state()

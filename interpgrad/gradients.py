@@ -40,12 +40,12 @@ from torch import Tensor, nn
 
 from interpgrad import frozen, graph
 from interpgrad.autocast import at_least_single, without_autocast
-from interpgrad.criteria import IGNORED, Criterion
+from interpgrad.criteria import IGNORED, Criterion, CriterionName
 from interpgrad.double_backward import sync_batch_norm
 from interpgrad.forward import Forward, check_batch, forward_without_trace
 from interpgrad.guided import guided_backward
 from interpgrad.model import class_logits, exclusive_use
-from interpgrad.settings import Settings
+from interpgrad.settings import Activations, Settings, Statistics
 
 _ATTEMPTS = 4  # at a scale for float16
 
@@ -55,9 +55,9 @@ def input_gradients(
     x: Tensor,
     y: Any = None,
     *,
-    criterion: Criterion | str = "log_prob",
-    batch_norm: str = "frozen",
-    activations: str = "all",
+    criterion: CriterionName | Criterion = "log_prob",
+    batch_norm: Statistics = "frozen",
+    activations: Activations = "all",
     ignore_index: int = IGNORED,
     create_graph: bool = False,
     model_kwargs: Mapping[str, Any] | None = None,

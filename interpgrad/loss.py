@@ -2,34 +2,37 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from interpgrad import private
 from interpgrad.autocast import at_least_single, without_autocast
-from interpgrad.criteria import IGNORED, Criterion
-from interpgrad.errors import ERRORS, NAMED, Error, cos
-from interpgrad.forward import Forward, Recorder, check_batch, forward_without_trace
+from interpgrad.criteria import IGNORED, Criterion, CriterionName
+from interpgrad.errors import ERRORS, NAMED, Error, ErrorName, cos
+from interpgrad.forward import Forward, Recorder, check_batch, forward_without_trace, random_state_restored
 from interpgrad.gradients import backward_passes
 from interpgrad.model import exclusive_use
-from interpgrad.settings import Settings
-from interpgrad.targets import Target, check_given, check_target, make_target
-from interpgrad.transforms import low_pass
+from interpgrad.settings import Activations, Reduction, Settings, Statistics
+from interpgrad.targets import Target, TargetName, check_given, check_target, make_target
+from interpgrad.transforms import Transform, TransformName, low_pass, transform_of
 
 
 class InterpretableGradientLoss(nn.Module):
     """lam * R, where R is the mean of E(delta, t) over the batch: delta is the input gradient, t its target.
 
-    Drop-in, with a forward pass of its own that leaves no trace::
+    The defaults are the paper's, and change next to nothing. Begin with the recipe::
 
-        reg = InterpretableGradientLoss(model)
+        reg = InterpretableGradientLoss.recipe(model, steps=epochs * len(loader))
         loss = F.cross_entropy(model(x), y) + reg(x, y)
+
+    That call has a forward pass of its own that leaves no trace.
 
     Two lines more, one forward pass less::
 
@@ -62,18 +65,23 @@ class InterpretableGradientLoss(nn.Module):
             inference sees. The same in evaluation mode.
         every: lazy regularization: computed at the first of every `every` calls and multiplied by `every`,
             zero and free at the others. Pass `step` where one step of the optimizer makes several calls.
-        start: so many calls come before it, at which it is zero and free: a network that has learned something gains
-            more from it, at a smaller price.
-        warmup: then the weight grows linearly from 0 to lam over so many calls, those that `every` skips included.
+        start: the number of calls before it, which are zero and free. A network that has learned something gains more,
+            at a smaller price.
+        warmup: the number of calls after `start` over which the weight grows linearly from 0 to lam.
         activations: "all", every rectifier, or "relu", the piecewise-linear family alone.
         ignore_index: the class index of images, or pixels, that a criterion by name leaves out.
-        transform: a differentiable callable applied to delta and its target before the error, for instance
-            `interpgrad.low_pass`, or a sum over channels. A mask is left as it is.
+        transform: "low_pass", or a differentiable callable, applied to delta and its target before the error. A mask
+            is left as it is.
+        reduction: "mean", or "none": lam * E of each image, (N,). `penalty` and `logs()` stay means.
 
     Attributes:
         penalty: R of the last computed call: detached, not multiplied by lam; None before the first.
         cosine: mean cosine of delta and its target in that call, before `transform`, whatever the error; likewise
             detached. None for `target="zero"` and `error="outside"`.
+
+    The first training call evaluates the loss even where `start` or `every` skip it, and throws the result away: what
+    is wrong with the model or the settings is named before the first epoch. It leaves no trace either. After
+    `shared_forward()` that is a plain call with two images.
 
     The extra forward pass of a plain call gives back buffers, modes and random states, but for buffers that it made,
     such as a table for the size of the images. It cannot take back what a model or its hooks write elsewhere: lists,
@@ -92,18 +100,19 @@ class InterpretableGradientLoss(nn.Module):
     def __init__(
         self,
         model: nn.Module,
-        error: str | Error = "cos",
+        error: ErrorName | Error = "cos",
         lam: float = 7.5e-3,
         *,
-        target: str | Target = "guided",
-        criterion: Criterion | str = "log_prob",
-        batch_norm: str = "frozen",
+        target: TargetName | Target = "guided",
+        criterion: CriterionName | Criterion = "log_prob",
+        batch_norm: Statistics = "frozen",
         every: int = 1,
         start: int = 0,
         warmup: int = 0,
-        activations: str = "all",
+        activations: Activations = "all",
         ignore_index: int = IGNORED,
-        transform: Callable[[Tensor], Tensor] | None = None,
+        transform: TransformName | Transform | None = None,
+        reduction: Reduction = "mean",
     ) -> None:
         super().__init__()
         if not isinstance(model, nn.Module):
@@ -113,16 +122,20 @@ class InterpretableGradientLoss(nn.Module):
                 f"expected error to be one of {', '.join(map(repr, ERRORS))} or a callable (delta, target) -> (N,), or "
                 f"'outside', for a mask, got {error!r}."
             )
+        if not _is_weight(lam):
+            raise ValueError(f"expected lam to be a finite number of at least 0, got {lam!r}.")
         if not isinstance(every, int) or every < 1:
             raise ValueError(f"expected every to be an integer of at least 1, got {every!r}.")
         for name, calls in (("start", start), ("warmup", warmup)):
             if not isinstance(calls, int) or calls < 0:
                 raise ValueError(f"expected {name} to be a number of calls, an integer of at least 0, got {calls!r}.")
-        error = next((name for name, known in NAMED.items() if known is error), error)
-        check_target(target, error)
+        if reduction not in ("mean", "none"):
+            raise ValueError(f'expected reduction="mean" or reduction="none", got {reduction!r}.')
+        named: Any = next((name for name, known in NAMED.items() if known is error), error)
+        check_target(target, named)
         Settings(criterion, batch_norm, activations, ignore_index)
         self.model = model
-        self.error = error
+        self.error = named
         self.lam = lam
         self.target = target
         self.criterion = criterion
@@ -132,11 +145,14 @@ class InterpretableGradientLoss(nn.Module):
         self.warmup = warmup
         self.activations = activations
         self.ignore_index = ignore_index
-        self.transform = transform
+        self.transform = transform_of(transform)
+        self.reduction = reduction
         self.penalty: Tensor | None = None
         self.cosine: Tensor | None = None
         self._step = 0
         self._term: Tensor | None = None
+        self._tried = False  # whether it has been evaluated in training
+        self._shares = False  # whether the forward pass of this call ran inside shared_forward
         self._recorder: Recorder | None = None
         self._computed: tuple[weakref.ref[Tensor], int] | None = None  # the images of the last computed call
         self._verified: set[frozenset[str]] = set()
@@ -171,7 +187,7 @@ class InterpretableGradientLoss(nn.Module):
         step: int | None = None,
         **model_kwargs: Any,
     ) -> Tensor:
-        """The term lam * R for images x (N, C, H, W) and targets y, a 0-dim tensor.
+        """The term lam * R for images x (N, C, H, W) and targets y, a 0-dim tensor, or (N,) with `reduction="none"`.
 
         `target` is for a loss with `target="given"`: a tensor on the device of x, floating point or bool, of its shape
         or one that broadcasts to it; for `error="outside"` a mask as `interpgrad.errors.outside` takes it. `step` is
@@ -190,33 +206,57 @@ class InterpretableGradientLoss(nn.Module):
         training = torch.is_grad_enabled()
         self._count_from(step)
         if training and not self._is_due():
+            if not self._tried:
+                self._try(x, y, model_args, model_kwargs, target)
+            self._shares = False
             self._step += 1
             self._warn_of_the_same(x)
-            return _zero(x)
+            return self._zero(x)
         weight = self._weight() * (self.every if training else 1)
 
         with exclusive_use(self.model), torch.enable_grad():
             forward = self._forward_pass(x, model_args, model_kwargs, training)
-            settings = Settings(self.criterion, self.batch_norm, self.activations, self.ignore_index)
-            differentiable = training and weight != 0
-            with backward_passes(forward, y, settings, create_graph=differentiable, verified=self._verified) as passes:
-                t = make_target(self.target, target, passes, self.error, first=self.penalty is None)  # a constant
-                delta = passes.attached_delta  # J^T v, on a graph: one backward pass with create_graph
-            delta, t = at_least_single(delta), at_least_single(t)
-            with without_autocast(x.device):
-                penalty = self._errors(delta, t).mean()  # R
-                directions = self.target != "zero" and self.error != "outside"
-                cosine = 1 - cos(delta.detach(), t).mean() if directions else None
+            errors, self.cosine = self._evaluate(forward, y, target, differentiable=training and weight != 0)
+            value = errors.mean() if self.reduction == "mean" else errors
 
-        self.penalty, self.cosine = penalty.detach(), cosine
+        self.penalty = errors.detach().mean()  # R
         self._term = weight * self.penalty
         if not training:
-            return self._term
+            return weight * value.detach()
+        self._tried = True
         self._step += 1
         self._computed = (weakref.ref(x), x._version) if step is None else None
         self._recorder = None
         forward.close()
-        return weight * penalty if weight else _zero(x)
+        return weight * value if weight else self._zero(x)
+
+    def _evaluate(
+        self, forward: Forward, y: Any, given: Tensor | None, *, differentiable: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """E(delta, t) of each image, (N,), and the mean cosine of delta and t."""
+        settings = Settings(self.criterion, self.batch_norm, self.activations, self.ignore_index)
+        with backward_passes(forward, y, settings, create_graph=differentiable, verified=self._verified) as passes:
+            t = make_target(self.target, given, passes, self.error, first=self.penalty is None)  # a constant
+            delta = passes.attached_delta  # J^T v, on a graph: one backward pass with create_graph
+        delta, t = at_least_single(delta), at_least_single(t)
+        with without_autocast(forward.x.device):
+            errors = self._errors(delta, t)
+            directions = self.target != "zero" and self.error != "outside"
+            return errors, 1 - cos(delta.detach(), t).mean() if directions else None
+
+    def _try(self, x: Tensor, y: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: Tensor | None) -> None:
+        """Evaluate once, for the errors alone: after `shared_forward` with two images, for its smaller memory."""
+        if self._shares:
+            x, y, args, kwargs, given = _first(2, len(x), (x, y, args, kwargs, given))
+        with exclusive_use(self.model), torch.enable_grad(), random_state_restored(self.model, x):
+            forward = forward_without_trace(self.model, x, args, kwargs, batch_norm=self.batch_norm)
+            self._evaluate(forward, y, given, differentiable=True)
+        self._tried = True
+
+    if TYPE_CHECKING:
+
+        def __call__(self, x: Tensor, y: Any, *model_args: Any, **options: Any) -> Tensor:
+            """As `forward`."""
 
     def _forward_pass(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], training: bool) -> Forward:
         """The one that was recorded, if it is still that of the model, or one of its own."""
@@ -256,7 +296,7 @@ class InterpretableGradientLoss(nn.Module):
 
         Raises RuntimeError if the model was not called inside.
         """
-        self._recorder = None
+        self._recorder, self._shares = None, True
         self._count_from(step)
         if not (torch.is_grad_enabled() and self._is_due()):
             yield
@@ -268,6 +308,7 @@ class InterpretableGradientLoss(nn.Module):
     def logs(self) -> dict[str, float]:
         """What to log of the last computed call: penalty, cosine (but of zero and masks) and term, as it was added.
 
+        All three are the training batch's, in training mode: `interpgrad.measure` has the cosine of held-out images.
         Plain numbers, which any logger takes; empty before `start`. On a GPU it waits for the result.
         """
         values = {"penalty": self.penalty, "cosine": self.cosine, "term": self._term}
@@ -295,6 +336,11 @@ class InterpretableGradientLoss(nn.Module):
                 stacklevel=4,
             )
 
+    def _zero(self, x: Tensor) -> Tensor:
+        """Zeros that can be added to a loss, or backpropagated through by themselves."""
+        shape = () if self.reduction == "mean" else (len(x),)
+        return torch.zeros(shape, dtype=at_least_single(x[:0]).dtype, device=x.device, requires_grad=True)
+
     def _is_due(self) -> bool:
         return self._step >= self.start and (self._step - self.start) % self.every == 0
 
@@ -307,7 +353,7 @@ class InterpretableGradientLoss(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Copied and pickled without a recorded graph."""
-        return self.__dict__ | {"_recorder": None, "_computed": None}
+        return self.__dict__ | {"_recorder": None, "_computed": None, "_shares": False}
 
     def get_extra_state(self) -> Tensor:
         """The step counter of `every`, `start` and `warmup`: all there is in `state_dict()`."""
@@ -320,7 +366,7 @@ class InterpretableGradientLoss(nn.Module):
     def extra_repr(self) -> str:
         """The settings, in the order of the constructor."""
         names = ("error", "lam", "target", "criterion", "batch_norm", "every", "start", "warmup", "activations")
-        values = {name: getattr(self, name) for name in (*names, "ignore_index", "transform")}
+        values = {name: getattr(self, name) for name in (*names, "ignore_index", "transform", "reduction")}
         return ", ".join(f"{name}={getattr(value, '__name__', repr(value))}" for name, value in values.items())
 
 
@@ -330,6 +376,60 @@ def _keep_what_no_checkpoint_has(reg: nn.Module, state: dict[str, Any], prefix: 
         state.update(reg.state_dict(prefix=prefix))
 
 
-def _zero(x: Tensor) -> Tensor:
-    """A zero that can be added to a loss, or backpropagated through by itself."""
-    return torch.zeros((), dtype=at_least_single(x[:0]).dtype, device=x.device, requires_grad=True)
+def interpretable_gradient_loss(
+    model: nn.Module,
+    x: Tensor,
+    y: Any,
+    error: ErrorName | Error = "cos",
+    lam: float = 7.5e-3,
+    *,
+    target: TargetName | Target | Tensor = "guided",
+    criterion: CriterionName | Criterion = "log_prob",
+    batch_norm: Statistics = "frozen",
+    activations: Activations = "all",
+    ignore_index: int = IGNORED,
+    transform: TransformName | Transform | None = None,
+    reduction: Reduction = "mean",
+    model_kwargs: Mapping[str, Any] | None = None,
+) -> Tensor:
+    """The term lam * R as a function, without a schedule: one call of `InterpretableGradientLoss`, which documents it.
+
+    `target` may be a tensor, a map or a mask. The class is the better choice in a loop: it has schedules and
+    `shared_forward`, and verifies the operations of a model once.
+
+    >>> model = nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 3))
+    >>> x, y = torch.randn(2, 3, 2, 2), torch.tensor([0, 2])
+    >>> interpretable_gradient_loss(model, x, y, "mse", target="zero", reduction="none").shape
+    torch.Size([2])
+    """
+    given = target if isinstance(target, Tensor) else None
+    reg = InterpretableGradientLoss(
+        model,
+        error,
+        lam,
+        target="given" if isinstance(target, Tensor) else target,
+        criterion=criterion,
+        batch_norm=batch_norm,
+        activations=activations,
+        ignore_index=ignore_index,
+        transform=transform,
+        reduction=reduction,
+    )
+    return reg(x, y, target=given, **(model_kwargs or {}))
+
+
+def _first(count: int, rows: int, value: Any) -> Any:
+    """The first of what has a row for each image, inside tuples and dicts too."""
+    if isinstance(value, tuple):
+        return tuple(_first(count, rows, each) for each in value)
+    if isinstance(value, dict):
+        return {name: _first(count, rows, each) for name, each in value.items()}
+    has_rows = hasattr(value, "__getitem__") and getattr(value, "shape", (None,)) != () and len(value) == rows
+    return value[:count] if has_rows else value
+
+
+def _is_weight(value: Any) -> bool:
+    try:
+        return not isinstance(value, (bool, str)) and 0 <= float(value) < math.inf
+    except (TypeError, ValueError):
+        return False

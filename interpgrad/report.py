@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from interpgrad import frozen, graph
-from interpgrad.criteria import IGNORED, Criterion, refuse_out_of_range
+from interpgrad.criteria import IGNORED, Criterion, CriterionName, refuse_out_of_range
 from interpgrad.double_backward import attention
 from interpgrad.forward import Forward, check_batch, forward_without_trace, is_compiled
 from interpgrad.gradients import Passes, backward_passes
 from interpgrad.guided import guided_nodes, unguided
 from interpgrad.model import class_logits, exclusive_use, unwrap
-from interpgrad.settings import Settings
+from interpgrad.settings import Activations, Settings, Statistics
 
 _KNOWN = ("interpgrad", "torch")  # whose autograd Functions are no finding
 
@@ -64,9 +64,9 @@ def check(
     x: Tensor,
     y: Any = None,
     *,
-    criterion: Criterion | str = "log_prob",
-    batch_norm: str = "frozen",
-    activations: str = "all",
+    criterion: CriterionName | Criterion = "log_prob",
+    batch_norm: Statistics = "frozen",
+    activations: Activations = "all",
     ignore_index: int = IGNORED,
     model_kwargs: Mapping[str, Any] | None = None,
 ) -> Report:

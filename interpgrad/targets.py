@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from interpgrad.errors import mask_for
 from interpgrad.gradients import Passes
 from interpgrad.transforms import low_pass
 
+TargetName = Literal["guided", "low_pass", "zero", "given"]
 Target = Callable[[Passes], Tensor]
 
 GIVEN = "given"

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Literal
+
 import torch.nn.functional as F
 from torch import Tensor
+
+Transform = Callable[[Tensor], Tensor]
+TransformName = Literal["low_pass"]
 
 _MEANS = {3: F.avg_pool1d, 4: F.avg_pool2d, 5: F.avg_pool3d}
 
@@ -34,3 +40,14 @@ def low_pass(gradient: Tensor, size: int = 3) -> Tensor:
     padded = F.pad(gradient, [size // 2] * 2 * (gradient.dim() - 2))
     mean: Tensor = _MEANS[gradient.dim()](padded, size, stride=1)
     return mean
+
+
+def transform_of(transform: TransformName | Transform | None) -> Transform | None:
+    """The transform of this name, or the callable itself."""
+    if transform == "low_pass":
+        return low_pass
+    if transform is not None and not callable(transform):
+        raise ValueError(
+            f'expected transform to be "low_pass", a callable (gradient) -> tensor, or None, got {transform!r}.'
+        )
+    return transform

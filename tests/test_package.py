@@ -56,7 +56,11 @@ MAY_IMPORT = {
     },
     "integrations": {"forward", "loss"},
     "saliency": {"autocast", "cleanup", "criteria", "forward", "gradients", "inputs", "model", "settings"},
-    "__init__": {"double_backward", "gradients", "loss", "report", "transforms"},  # and those by name, once asked for
+    "held_out": {"autocast", "criteria", "errors", "gradients", "inputs", "model"},
+    "__init__": {
+        *("double_backward", "errors", "gradients", "held_out", "loss", "metrics", "plot", "report", "saliency"),
+        "transforms",
+    },
 }
 
 

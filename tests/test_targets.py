@@ -503,7 +503,8 @@ def test_all_settings_are_printed():
     reg = InterpretableGradientLoss(small_net(), "mae", target=towards_the_runner_up, transform=low_pass)
     assert repr(reg) == (
         "InterpretableGradientLoss(error='mae', lam=0.0075, target=towards_the_runner_up, criterion='log_prob', "
-        "batch_norm='frozen', every=1, start=0, warmup=0, activations='all', ignore_index=-100, transform=low_pass)"
+        "batch_norm='frozen', every=1, start=0, warmup=0, activations='all', ignore_index=-100, transform=low_pass, "
+        "reduction='mean')"
     )
 
 

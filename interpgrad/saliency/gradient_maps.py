@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from interpgrad.criteria import Criterion
+from interpgrad.criteria import Criterion, CriterionName
 from interpgrad.forward import check_images, forward_without_trace
 from interpgrad.gradients import backward_passes
 from interpgrad.inputs import Inputs
 from interpgrad.model import class_logits, classes_to_explain, evaluation_mode
-from interpgrad.settings import Settings
+from interpgrad.settings import Activations, Settings
 
 
 def gradient(
@@ -21,7 +21,7 @@ def gradient(
     x: Tensor,
     target: Any = None,
     *,
-    criterion: Criterion | str = "logit",
+    criterion: CriterionName | Criterion = "logit",
     chunk_size: int | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
 ) -> Tensor:
@@ -59,8 +59,8 @@ def guided_gradient(
     x: Tensor,
     target: Any = None,
     *,
-    criterion: Criterion | str = "logit",
-    activations: str = "all",
+    criterion: CriterionName | Criterion = "logit",
+    activations: Activations = "all",
     chunk_size: int | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
 ) -> Tensor:
@@ -99,7 +99,7 @@ def smooth_gradient(
     *,
     noise: float = 0.15,
     samples: int = 25,
-    criterion: Criterion | str = "logit",
+    criterion: CriterionName | Criterion = "logit",
     chunk_size: int | None = 64,
     generator: torch.Generator | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
