@@ -3,6 +3,7 @@
 import copy
 
 import evaluation
+import numpy as np
 import pytest
 import timm
 import torch
@@ -45,6 +46,8 @@ def literal_weights(name, model, x, classes):
     """Every weight by the paper's formula, in loops."""
     a, g, logits, tail = split(model, x, classes)
     samples, channels, height, width = a.shape
+    if name in ("hires_cam", "layer_cam"):  # a weight for each position: Draelos and Carin, 4; Jiang et al., 6 and 7
+        return (g if name == "hires_cam" else torch.maximum(g, torch.zeros_like(g))), a
     w = torch.zeros(samples, channels, dtype=a.dtype)
     for n in range(samples):
         for k in range(channels):
@@ -75,6 +78,8 @@ def literal_weights(name, model, x, classes):
                 w[n, k] = (y - tail(ablated)[0, classes[n]].detach()) / y
         if name == "score_cam":
             w[n] = w[n].softmax(0)
+        elif name == "eigen_cam":  # Muhammad and Yeasin, equation 3; activations are not negative
+            w[n] = torch.from_numpy(np.linalg.svd(a[n].flatten(1).T.numpy())[2][0]).abs()
     return w, a
 
 
@@ -116,7 +121,9 @@ PEERS = {
     "score_cam": "ScoreCAM",
     "ablation_cam": "AblationCAM",
     "axiom_cam": "XGradCAM",
-}
+    "hires_cam": "HiResCAM",
+    "layer_cam": "LayerCAM",
+}  # its Eigen-CAM centres A, and leaves the sign to chance
 # Layers whose output is that of a ReLU: elsewhere the peer's Ablation-CAM writes -1e7 into a channel, not 0.
 ARCHITECTURES = {
     "resnet18": (lambda: torchvision.models.resnet18(), "layer2", 64),
@@ -134,7 +141,7 @@ def peer_map(name, model, x, layer, classes):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("name", CAMS)
+@pytest.mark.parametrize("name", PEERS)
 def test_pytorch_grad_cam(name, architecture, capfd):
     pytest.importorskip("pytorch_grad_cam")
     torch.manual_seed(1)
@@ -226,6 +233,122 @@ def test_vision_transformer_with_reshape():
         drops[:, k] = y - score(tokens)
     ablated = saliency.ablation_cam(model, x, layer, reshape=reshape)
     torch.testing.assert_close(ablated, literal_map(drops, reshape(seen[0]), (64, 64)), rtol=0, atol=1e-3)
+
+
+TRANSFORMERS = {
+    "timm vit": (lambda: timm.create_model("vit_tiny_patch16_224", img_size=64, depth=2), "blocks.1.norm1", 1),
+    "timm deit distilled": (
+        lambda: timm.create_model("deit_tiny_distilled_patch16_224", img_size=64, depth=2),
+        "blocks.1.norm1",
+        2,
+    ),
+    "timm registers": (
+        lambda: timm.create_model("vit_tiny_patch16_224", img_size=64, depth=2, reg_tokens=4),
+        "blocks.1.norm1",
+        5,
+    ),
+    "torchvision vit": (
+        lambda: torchvision.models.VisionTransformer(64, 16, 2, 3, 48, 96, num_classes=10),
+        "encoder.layers.encoder_layer_1.ln_1",
+        1,
+    ),
+    "timm swin": (
+        lambda: timm.create_model("swin_tiny_patch4_window7_224", img_size=64, window_size=2, depths=(1, 1, 1, 1)),
+        "layers.2.blocks.0.norm1",
+        None,
+    ),
+    "torchvision swin": (
+        lambda: torchvision.models.SwinTransformer([4, 4], 24, [1, 1], [2, 2], [2, 2], num_classes=10),
+        "features.3.0.norm1",
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+@pytest.mark.parametrize("method", ["grad_cam", "layer_cam", "ablation_cam"])
+def test_transformers_need_no_reshape(name, method):
+    """Tokens become the grid that they are of, whatever comes before them; Swin's channels come first."""
+    make, layer, others = TRANSFORMERS[name]
+    torch.manual_seed(0)
+    model, x = make().eval(), torch.rand(2, 3, 64, 64)
+    for parameter in model.parameters():
+        if not parameter.any():  # heads, position tables
+            nn.init.normal_(parameter, std=0.1)
+
+    def reshape(output):
+        return output.movedim(3, 1) if others is None else output[:, others:].transpose(1, 2).unflatten(2, (4, 4))
+
+    cam, shown = CAMS[method], 0
+    for target in range(5):
+        expected = cam(model, x, layer, target, reshape=reshape)
+        shown += expected.std() > 0.01
+        assert torch.equal(cam(model, x, layer, target), expected)
+    assert shown
+
+
+def test_tokens_of_images_that_are_not_square():
+    model = timm.create_model("vit_tiny_patch16_224", img_size=(32, 96), depth=1).eval()
+    nn.init.normal_(model.head.weight)
+    x = torch.rand(1, 3, 32, 96)
+    expected = saliency.grad_cam(
+        model, x, "blocks.0.norm1", 0, reshape=lambda t: t[:, 1:].transpose(1, 2).unflatten(2, (2, 6))
+    )
+    assert torch.equal(saliency.grad_cam(model, x, "blocks.0.norm1", 0), expected)
+
+
+class Tokens(nn.Module):
+    def __init__(self, count):
+        super().__init__()
+        self.count, self.layer, self.head = count, nn.Identity(), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.head(self.layer(x.flatten(1)[:, : 6 * self.count].unflatten(1, (self.count, 6))).mean(1))
+
+
+def test_tokens_that_are_no_grid():
+    message = r"expected the output of layer 'layer' to be \(N, K, h, w\), got \(1, 10, 6\)"
+    with pytest.raises(ValueError, match=message):
+        saliency.grad_cam(Tokens(10), torch.rand(1, 3, 16, 32), "layer", 0)
+
+
+@pytest.mark.parametrize("name", CAMS)
+def test_several_layers_are_the_mean_of_their_maps(name):
+    model, (x, y) = small_net().eval(), data()
+    alone = [CAMS[name](model, x, layer, y) for layer in ("2", LAYER)]
+    together = CAMS[name](model, x, ["2", model[int(LAYER)]], y)
+    torch.testing.assert_close(together, saliency.scale((alone[0] + alone[1]) / 2))
+    assert torch.equal(CAMS[name](model, x, layer=(LAYER,), target=y), saliency.scale(alone[1]))
+    with pytest.raises(ValueError, match="expected at least one layer, got an empty list"):
+        CAMS[name](model, x, [], y)
+
+
+@pytest.mark.parametrize("name", CAMS)
+def test_volumes(name):
+    """A volume that repeats an image in its depth has that image's map in every slice."""
+    torch.manual_seed(0)
+    flat = nn.Sequential(
+        nn.Conv2d(3, 5, 3, padding=1), nn.ReLU(), nn.AvgPool2d(2), nn.Flatten(2), nn.Flatten(), nn.Linear(80, 4)
+    ).double()
+    deep = nn.Sequential(
+        nn.Conv3d(3, 5, (1, 3, 3), padding=(0, 1, 1)),
+        nn.ReLU(),
+        nn.AvgPool3d((6, 2, 2)),
+        nn.Flatten(2),
+        nn.Flatten(),
+        nn.Linear(80, 4),
+    ).double()
+    state = flat.state_dict()
+    deep.load_state_dict(state | {"0.weight": state["0.weight"][:, :, None]})
+    x = torch.rand(2, 3, 8, 8, dtype=torch.float64)
+    volume = x[:, :, None].expand(-1, -1, 6, -1, -1)
+    expected = CAMS[name](flat, x, "1", 1)
+    found = CAMS[name](deep, volume, "1", 1)
+    assert expected.std() > 0.05
+    if name == "grad_cam_pp":  # its alpha asks for the sum over all positions
+        assert torch.equal(found[:, 0], found[:, 5])
+    else:
+        torch.testing.assert_close(found, expected[:, None].expand(-1, 6, -1, -1))
 
 
 # ---- the three ways of Ablation-CAM
@@ -523,6 +646,45 @@ def test_captum():
     torch.testing.assert_close(saliency.gradient(model, x, y), expected)
     expected = attr.GuidedBackprop(small_net().eval()).attribute(x.clone().requires_grad_(), y)
     torch.testing.assert_close(saliency.guided_gradient(model, x, y), expected)
+
+
+@pytest.mark.parametrize("baseline", [0.0, 0.5, "black corner"])
+def test_integrated_gradients(baseline):
+    """captum's at the middles of equal parts, whatever the chunks; and the axiom of completeness."""
+    attr = pytest.importorskip("captum.attr")
+    model, (x, y) = small_net().eval(), data()
+    if baseline == "black corner":
+        baseline = torch.ones(1, 3, 8, 8, dtype=x.dtype)
+        baseline[..., :4, :4] = 0
+    expected = attr.IntegratedGradients(model).attribute(x, baseline, y, n_steps=9, method="riemann_middle")
+    for chunk_size in (4, None):
+        ours = saliency.integrated_gradients(model, x, y, baseline=baseline, steps=9, chunk_size=chunk_size)
+        torch.testing.assert_close(ours, expected)
+    exact = saliency.integrated_gradients(model, x, y, baseline=baseline, steps=2000).flatten(1).sum(1)
+    start = torch.as_tensor(baseline, dtype=x.dtype).expand_as(x)
+    rows = range(len(x))
+    torch.testing.assert_close(exact, (model(x)[rows, y] - model(start)[rows, y]).detach(), rtol=1e-2, atol=1e-4)
+    assert torch.equal(
+        saliency.integrated_gradients(model, x, steps=3),
+        saliency.integrated_gradients(model, x, model(x).argmax(1), steps=3),
+    )
+    with pytest.raises(ValueError, match=r"expected baseline to be a number or a tensor that broadcasts to \(.*, got"):
+        saliency.integrated_gradients(model, x, y, baseline=torch.zeros(5, 5))
+    with pytest.raises(ValueError, match="expected steps >= 1, got 0"):
+        saliency.integrated_gradients(model, x, y, steps=0)
+
+
+def test_guided_grad_cam():
+    """captum's, but for a factor of each image, at a layer of the images' size, which it resizes in another way."""
+    attr = pytest.importorskip("captum.attr")
+    model, (x, y) = small_net().eval(), data()
+    layer = next(name for name, module in model.named_modules() if isinstance(module, nn.ReLU))
+    ours = saliency.guided_grad_cam(model, x, layer, y)
+    peer = small_net().eval()
+    expected = attr.GuidedGradCam(peer, peer.get_submodule(layer)).attribute(x.clone().requires_grad_(), y)
+    maps = saliency.grad_cam(model, x, layer, y)
+    torch.testing.assert_close(ours, maps[:, None] * saliency.guided_gradient(model, x, y))
+    torch.testing.assert_close(F.normalize(ours.flatten(1)), F.normalize(expected.detach().flatten(1)))
 
 
 def test_smooth_gradient():

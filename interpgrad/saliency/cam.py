@@ -1,17 +1,19 @@
 """Class activation maps: channels of a layer, weighted, summed, rectified and scaled to [0, 1].
 
-N images (C, H, W), K channels A of a layer's output (h, w each), y the target's logit, G = dy / dA. Every method is a
-weight w (N, K) for the channels; the map is ReLU(sum_k w_k A_k), resized to (H, W) by bilinear interpolation and
-scaled to [0, 1] for each image (a map that is constant up to rounding becomes 0). Any factor an image's weights share
-is lost in the scaling.
+N images (C, H, W), K channels A of a layer's output (h, w each), y the target's logit, G = dy / dA. The map is
+ReLU(sum_k w_k A_k), resized to (H, W) by bilinear interpolation and scaled to [0, 1] for each image (a map that is
+constant up to rounding becomes 0). Most methods are a weight w (N, K) for the channels, some one for each position. Any
+factor that an image's weights share is lost in the scaling. Volumes (C, D, H, W) have maps (D, H, W).
 
 All functions take
 
     model         an image classifier; run in evaluation mode, and left as it was
-    x             images (N, C, H, W), as the model takes them
-    layer         a module of the model, or its dotted name, called once in a forward pass
+    x             images (N, C, H, W), as the model takes them, or volumes (N, C, D, H, W)
+    layer         a module of the model, or its dotted name, called once in a forward pass; of several, in a list, the
+                  mean of their maps, scaled again
     target        class indices (N,), one for all, or None for the predicted classes
-    reshape       a callable that makes (N, K, h, w) of the layer's output, for transformers: see `layer.Layer`
+    reshape       a callable that makes (N, K, h, w) of the layer's output. Tokens (N, T, K) of vision transformers, and
+                  (N, h, w, K) of Swin transformers, need none
     chunk_size    at most so many images (Ablation-CAM, Score-CAM: changed copies of images) at once; None is all
     model_kwargs  further arguments of the model by name, as of `saliency.gradient`
 
@@ -23,8 +25,9 @@ called twice.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ParamSpec
 
 import torch
 import torch.nn.functional as F
@@ -35,16 +38,38 @@ from interpgrad.forward import check_images
 from interpgrad.inputs import Inputs, check_finite, which
 from interpgrad.model import classes_to_explain, evaluation_mode
 from interpgrad.saliency.ablation import ablated_scores, in_chunks
-from interpgrad.saliency.gradient_maps import chunks
+from interpgrad.saliency.gradient_maps import chunks, guided_gradient
 from interpgrad.saliency.layer import Layer, Reshape
 
 _IMAGES = 64  # at once through the whole network, where the copies run through its end only
+_MODES = {4: "bilinear", 5: "trilinear"}
+
+Layers = nn.Module | str | Sequence[nn.Module | str]
+_P = ParamSpec("_P")
 
 
+def _of_each_layer(cam: Callable[_P, Tensor]) -> Callable[_P, Tensor]:
+    """The same with the mean over several layers, where these are in a list."""
+
+    @functools.wraps(cam)
+    def averaged(*args: _P.args, **kwargs: _P.kwargs) -> Tensor:
+        layers: Any = kwargs.get("layer") if len(args) < 3 else args[2]
+        if not isinstance(layers, (list, tuple)):
+            return cam(*args, **kwargs)
+        if not layers:
+            raise ValueError("expected at least one layer, got an empty list.")
+        one: Any = cam
+        options = {name: value for name, value in kwargs.items() if name != "layer"}
+        return _scale(torch.stack([one(*args[:2], each, *args[3:], **options) for each in layers]).mean(0))
+
+    return averaged
+
+
+@_of_each_layer
 def grad_cam(
     model: nn.Module,
     x: Tensor,
-    layer: nn.Module | str,
+    layer: Layers,
     target: Any = None,
     *,
     reshape: Reshape | None = None,
@@ -60,13 +85,14 @@ def grad_cam(
     torch.Size([2, 8, 8])
     """
     probe, inputs = _prepare(model, x, layer, reshape, model_kwargs)
-    return _from_gradients(lambda _, g: g.mean((2, 3)), probe, inputs, target, chunk_size)
+    return _from_gradients(lambda a, g: _weighted(_over(g).mean(2), a), probe, inputs, target, chunk_size)
 
 
+@_of_each_layer
 def grad_cam_pp(
     model: nn.Module,
     x: Tensor,
-    layer: nn.Module | str,
+    layer: Layers,
     target: Any = None,
     *,
     reshape: Reshape | None = None,
@@ -85,19 +111,21 @@ def grad_cam_pp(
     torch.Size([2, 8, 8])
     """
 
-    def weights(a: Tensor, g: Tensor) -> Tensor:
-        denominator = 2 + g * a.sum((2, 3), keepdim=True)
+    def summed(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        g = _over(g)
+        denominator = 2 + g * _over(a).sum(2, keepdim=True)
         alpha = torch.where(denominator == 0, g.square(), 1 / denominator)
-        return (alpha * g.clamp(min=0)).sum((2, 3))
+        return _weighted((alpha * g.clamp(min=0)).sum(2), a)
 
     probe, inputs = _prepare(model, x, layer, reshape, model_kwargs)
-    return _from_gradients(weights, probe, inputs, target, chunk_size)
+    return _from_gradients(summed, probe, inputs, target, chunk_size)
 
 
+@_of_each_layer
 def axiom_cam(
     model: nn.Module,
     x: Tensor,
-    layer: nn.Module | str,
+    layer: Layers,
     target: Any = None,
     *,
     reshape: Reshape | None = None,
@@ -113,18 +141,100 @@ def axiom_cam(
     torch.Size([2, 8, 8])
     """
 
-    def weights(a: Tensor, g: Tensor) -> Tensor:
-        total = a.sum((2, 3))
-        return torch.where(total == 0, 0, (g * a).sum((2, 3)) / total)
+    def summed(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        total = _over(a).sum(2)
+        return _weighted(torch.where(total == 0, 0, _over(g * a).sum(2) / total), a)
 
     probe, inputs = _prepare(model, x, layer, reshape, model_kwargs)
-    return _from_gradients(weights, probe, inputs, target, chunk_size)
+    return _from_gradients(summed, probe, inputs, target, chunk_size)
 
 
+@_of_each_layer
+def hires_cam(
+    model: nn.Module,
+    x: Tensor,
+    layer: Layers,
+    target: Any = None,
+    *,
+    reshape: Reshape | None = None,
+    chunk_size: int | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
+) -> Tensor:
+    """HiResCAM: the sum of G_k A_k, position by position.
+
+    Source: Draelos and Carin, arXiv 2011.08891, equation 4. Arguments and errors: see the module.
+
+    >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
+    >>> hires_cam(model, torch.randn(2, 3, 8, 8), layer="1").shape
+    torch.Size([2, 8, 8])
+    """
+    probe, inputs = _prepare(model, x, layer, reshape, model_kwargs)
+    return _from_gradients(lambda a, g: _summed(g * a), probe, inputs, target, chunk_size)
+
+
+@_of_each_layer
+def layer_cam(
+    model: nn.Module,
+    x: Tensor,
+    layer: Layers,
+    target: Any = None,
+    *,
+    reshape: Reshape | None = None,
+    chunk_size: int | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
+) -> Tensor:
+    """LayerCAM: the sum of ReLU(G_k) A_k, position by position; also for early layers, whose maps are fine.
+
+    Source: Jiang et al., IEEE Transactions on Image Processing 2021, equations 6 and 7. Arguments and errors: see the
+    module.
+
+    >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
+    >>> layer_cam(model, torch.randn(2, 3, 8, 8), layer=["0", "1"]).shape
+    torch.Size([2, 8, 8])
+    """
+    probe, inputs = _prepare(model, x, layer, reshape, model_kwargs)
+    return _from_gradients(lambda a, g: _summed(g.clamp(min=0) * a), probe, inputs, target, chunk_size)
+
+
+@_of_each_layer
+def eigen_cam(
+    model: nn.Module,
+    x: Tensor,
+    layer: Layers,
+    target: Any = None,
+    *,
+    reshape: Reshape | None = None,
+    chunk_size: int | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
+) -> Tensor:
+    """Eigen-CAM: w is the first right singular vector of A as a matrix of positions by channels.
+
+    It explains the layer, not a class: `target` changes nothing. Of both signs of w the one is taken whose map has the
+    larger sum; for activations of at least 0 that map has no other sign.
+
+    Source: Muhammad and Yeasin, arXiv 2008.00299, equation 3. Arguments and errors: see the module.
+
+    >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
+    >>> eigen_cam(model, torch.randn(2, 3, 8, 8), layer="1").shape
+    torch.Size([2, 8, 8])
+    """
+    probe, inputs = _prepare(model, x, layer, reshape, model_kwargs)
+    maps = []
+    with evaluation_mode(model, gradients=False):
+        for images, given in chunks(inputs, target, chunk_size):
+            a, _, _ = _read(probe, images, given)
+            finite = _over(a).nan_to_num(0, 0, 0)  # the map of what is not has NaN, and is refused
+            direction = torch.linalg.svd(finite.transpose(1, 2), full_matrices=False).Vh[:, 0]
+            sign = torch.where((finite.sum(2) * direction).sum(1, keepdim=True) < 0, -1, 1)
+            maps.append(_map(*_weighted(sign * direction, a), images))
+    return _scale(torch.cat(maps))
+
+
+@_of_each_layer
 def score_cam(
     model: nn.Module,
     x: Tensor,
-    layer: nn.Module | str,
+    layer: Layers,
     target: Any = None,
     *,
     reshape: Reshape | None = None,
@@ -150,20 +260,21 @@ def score_cam(
             black = images if images.differ_beside_x else images[:1]
             of_black = probe.run(black.with_images(torch.zeros_like(black.x)), lambda _: None)
             scores = of_black.expand(len(images), -1).gather(1, classes[:, None]).repeat(1, a.shape[1])
-            varying = ~_is_constant(a, a.abs().amax((2, 3)))
+            varying = ~_is_constant(_over(a), _over(a).abs().amax(2))
             for of_image, channel in in_chunks(varying.nonzero(), chunk_size):
                 copies = images[of_image]
-                masks = _scaled(_resize(a[of_image, channel], x.shape[-2:]))[:, None]
+                masks = _scaled(_resize(a[of_image, channel], x))[:, None]
                 logits = probe.run(copies.with_images(copies.x * masks.to(x.dtype)), lambda _: None)
                 scores[of_image, channel] = logits.gather(1, classes[of_image, None]).squeeze(1).to(scores.dtype)
-            maps.append(_map(scores.softmax(1), a, images))
-    return scale(torch.cat(maps))
+            maps.append(_map(*_weighted(scores.softmax(1), a), images))
+    return _scale(torch.cat(maps))
 
 
+@_of_each_layer
 def ablation_cam(
     model: nn.Module,
     x: Tensor,
-    layer: nn.Module | str,
+    layer: Layers,
     target: Any = None,
     *,
     reshape: Reshape | None = None,
@@ -191,13 +302,35 @@ def ablation_cam(
             alive = a.flatten(2).any(2)
             ablated = score[:, None].expand(alive.shape).clone()
             ablated[alive] = ablated_scores(probe, images, classes, score, alive.nonzero(), chunk_size)
-            maps.append(_map(score[:, None] - ablated, a, images))
-    return scale(torch.cat(maps))
+            maps.append(_map(*_weighted(score[:, None] - ablated, a), images))
+    return _scale(torch.cat(maps))
+
+
+def guided_grad_cam(
+    model: nn.Module,
+    x: Tensor,
+    layer: Layers,
+    target: Any = None,
+    *,
+    reshape: Reshape | None = None,
+    chunk_size: int | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
+) -> Tensor:
+    """Guided Grad-CAM, (N, C, H, W): the guided gradient times the map of Grad-CAM; signed.
+
+    Source: Selvaraju et al., arXiv 1610.02391, section 3.2. Arguments and errors: see the module.
+
+    >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
+    >>> guided_grad_cam(model, torch.randn(2, 3, 8, 8), layer="1").shape
+    torch.Size([2, 3, 8, 8])
+    """
+    maps = grad_cam(model, x, layer, target, reshape=reshape, chunk_size=chunk_size, model_kwargs=model_kwargs)
+    return maps[:, None] * guided_gradient(model, x, target, chunk_size=chunk_size, model_kwargs=model_kwargs)
 
 
 xgrad_cam = axiom_cam  # its other name
 
-_CAMS: tuple[Any, ...] = (grad_cam, grad_cam_pp, score_cam, ablation_cam, axiom_cam)
+_CAMS: tuple[Any, ...] = (grad_cam, grad_cam_pp, score_cam, ablation_cam, axiom_cam, hires_cam, layer_cam, eigen_cam)
 CAMS: dict[str, Callable[..., Tensor]] = {cam.__name__: cam for cam in _CAMS}
 
 
@@ -214,6 +347,11 @@ def scale(maps: Tensor) -> Tensor:
     """
     if maps.dim() != 3:
         raise ValueError(f"expected maps (N, H, W), got shape {tuple(maps.shape)}: sum gradients over their colours.")
+    return _scale(maps)
+
+
+def _scale(maps: Tensor) -> Tensor:
+    """The same of maps (N, ...) of any dimensions."""
     dtype = torch.result_type(maps, 1.0)
     found = _scaled(at_least_single(maps.to(dtype)))  # the range of half precision ends at 65504
     unusable = found.isnan().flatten(1).any(1)
@@ -227,7 +365,7 @@ def scale(maps: Tensor) -> Tensor:
 
 def _scaled(maps: Tensor) -> Tensor:
     """The same in the precision of the maps; NaN where one has NaN or infinity."""
-    low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
+    low, high = (end.view(-1, *[1] * (maps.dim() - 1)) for end in maps.flatten(1).aminmax(dim=1))
     spread = high - low
     return torch.where(spread == 0, 0, (maps - low) / spread)
 
@@ -235,21 +373,25 @@ def _scaled(maps: Tensor) -> Tensor:
 def _prepare(
     model: nn.Module,
     x: Tensor,
-    layer: nn.Module | str,
+    layer: Any,  # one: `_of_each_layer` has seen to lists
     reshape: Reshape | None,
     model_kwargs: Mapping[str, Any] | None,
 ) -> tuple[Layer, Inputs]:
     check_images(x)
-    if x.dim() != 4:
-        raise ValueError(f"expected x to be images (N, C, H, W), got shape {tuple(x.shape)}.")
+    if x.dim() not in _MODES:
+        raise ValueError(f"expected x to be images (N, C, H, W), or (N, C, D, H, W), got shape {tuple(x.shape)}.")
     check_finite(x)
-    return Layer(model, layer, reshape), Inputs(x.detach(), model_kwargs)
+    return Layer(model, layer, reshape, x.shape[2:]), Inputs(x.detach(), model_kwargs)
 
 
 def _from_gradients(
-    weights: Callable[[Tensor, Tensor], Tensor], probe: Layer, inputs: Inputs, target: Any, chunk_size: int | None
+    combined: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    probe: Layer,
+    inputs: Inputs,
+    target: Any,
+    chunk_size: int | None,
 ) -> Tensor:
-    """Maps whose weights are a function of A and G, (N, K, h, w) both."""
+    """Maps of A and G, (N, K, h, w) both."""
     maps = []
     with evaluation_mode(probe.model, gradients=True):
         for images, given in chunks(inputs, target, chunk_size):
@@ -273,8 +415,9 @@ def _from_gradients(
                 )
             with torch.no_grad():
                 a, g = probe.channels(leaf), probe.channels(gradient)
-                maps.append(_map(weights(a, g), a, images))
-    return scale(torch.cat(maps))
+                with without_autocast(a.device):
+                    maps.append(_map(*combined(a, g), images))
+    return _scale(torch.cat(maps))
 
 
 def _read(probe: Layer, images: Inputs, given: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -285,23 +428,38 @@ def _read(probe: Layer, images: Inputs, given: Any) -> tuple[Tensor, Tensor, Ten
     return read[0], classes, logits.gather(1, classes[:, None]).squeeze(1)
 
 
-def _map(weights: Tensor, a: Tensor, images: Inputs) -> Tensor:
-    """The map (N, H, W) before it is scaled."""
+def _weighted(weights: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+    """The sum of w_k A_k (N, h, w), and the largest sum of magnitudes that its rounding comes of (N,)."""
     with without_autocast(a.device):
-        summed = torch.einsum("nk,nkhw->nhw", weights.to(a.dtype), a).clamp(min=0)
-    terms = (weights.abs() * a.abs().amax((2, 3))).sum(1)
-    summed = torch.where(_is_constant(summed, terms)[:, None, None], 0, summed)
-    return _resize(summed, images.x.shape[-2:])
+        weights = weights.to(a.dtype)
+        return torch.einsum("nk,nk...->n...", weights, a), (weights.abs() * _over(a).abs().amax(2)).sum(1)
+
+
+def _summed(terms: Tensor) -> tuple[Tensor, Tensor]:
+    """The same of terms w_k A_k (N, K, h, w)."""
+    return terms.sum(1), _over(terms).abs().sum(1).amax(1)
+
+
+def _map(summed: Tensor, terms: Tensor, images: Inputs) -> Tensor:
+    """The map (N, H, W) before it is scaled."""
+    summed = summed.clamp(min=0)
+    constant = _is_constant(summed.flatten(1), terms).view(-1, *[1] * (summed.dim() - 1))
+    return _resize(torch.where(constant, 0, summed), images.x)
+
+
+def _over(a: Tensor) -> Tensor:
+    """(N, K, positions)."""
+    return a.flatten(2)
 
 
 def _is_constant(maps: Tensor, terms: Tensor) -> Tensor:
-    """Whether maps (..., h, w), sums of magnitudes `terms` (...), are constant up to rounding; never where one has NaN.
+    """Whether maps (..., positions), sums of magnitudes `terms` (...), are constant up to rounding; not if one has NaN.
 
     Asked before they are resized, which rounds again: scaling would stretch the rounding to a map of noise.
     """
-    spread = maps.amax((-2, -1)) - maps.amin((-2, -1))
+    spread = maps.amax(-1) - maps.amin(-1)
     return (spread == 0) | (spread < 8 * torch.finfo(maps.dtype).eps * terms)  # measured: up to 1.2, of 2048 channels
 
 
-def _resize(maps: Tensor, size: torch.Size) -> Tensor:
-    return F.interpolate(maps[:, None], size, mode="bilinear")[:, 0]
+def _resize(maps: Tensor, x: Tensor) -> Tensor:
+    return F.interpolate(maps[:, None], x.shape[2:], mode=_MODES[x.dim()])[:, 0]

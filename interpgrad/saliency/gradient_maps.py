@@ -1,8 +1,8 @@
-"""Input gradients as saliency: plain, guided, smoothed. In evaluation mode, without a trace."""
+"""Input gradients as saliency: plain, guided, smoothed, integrated. In evaluation mode, without a trace."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -119,28 +119,86 @@ def smooth_gradient(
     inputs = Inputs(check_images(x).detach(), model_kwargs)
     if noise < 0 or samples < 1:
         raise ValueError(f"expected noise >= 0 and samples >= 1, got noise={noise} and samples={samples}.")
-    chunks(inputs, target, chunk_size)  # for its complaints
-    x, size = inputs.x, chunk_size or len(x) * samples
+    x = inputs.x
     generator = generator or torch.Generator(x.device).manual_seed(0)
-    classes = target
+    sigma = noise * (x.flatten(1).amax(1) - x.flatten(1).amin(1))
+
+    def noisy(image: int, _: int) -> Tensor:
+        # Drawn one by one, so that the result does not depend on the size of the chunks.
+        return x[image] + sigma[image] * torch.randn(x.shape[1:], dtype=x.dtype, device=x.device, generator=generator)
+
+    return _mean_gradient(model, inputs, target, noisy, samples, criterion, chunk_size)
+
+
+def integrated_gradients(
+    model: nn.Module,
+    x: Tensor,
+    target: Any = None,
+    *,
+    baseline: Tensor | float = 0.0,
+    steps: int = 50,
+    criterion: CriterionName | Criterion = "logit",
+    chunk_size: int | None = 64,
+    model_kwargs: Mapping[str, Any] | None = None,
+) -> Tensor:
+    """Integrated gradients: (x - baseline) times the mean gradient on the straight line from the baseline to x.
+
+    Arguments, result and errors as of `gradient`. `baseline` is a number or a tensor that broadcasts to x; 0 is black
+    for images in [0, 1], grey for normalized ones. `steps` is the number of gradients, at the middles of equal parts
+    (the Riemann sum that captum calls "riemann_middle"). The sum over an image is the change of the logit from the
+    baseline to x, up to the error of that sum. target=None is the class predicted for x.
+
+    Source: Sundararajan et al., "Axiomatic Attribution for Deep Networks", arXiv 1703.01365, equation 1.
+
+    >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5))
+    >>> integrated_gradients(model, torch.randn(2, 3, 8, 8), steps=4).shape
+    torch.Size([2, 3, 8, 8])
+    """
+    inputs = Inputs(check_images(x).detach(), model_kwargs)
+    if steps < 1:
+        raise ValueError(f"expected steps >= 1, got {steps}.")
+    try:
+        start = torch.as_tensor(baseline, dtype=x.dtype, device=x.device).detach().expand_as(x)
+    except RuntimeError:
+        raise ValueError(
+            f"expected baseline to be a number or a tensor that broadcasts to {tuple(x.shape)}, got "
+            f"{tuple(torch.as_tensor(baseline).shape)}."
+        ) from None
+    difference = inputs.x - start
+
+    def between(image: int, step: int) -> Tensor:
+        return start[image] + (step + 0.5) / steps * difference[image]
+
+    return difference * _mean_gradient(model, inputs, target, between, steps, criterion, chunk_size)
+
+
+def _mean_gradient(
+    model: nn.Module,
+    inputs: Inputs,
+    target: Any,
+    copy: Callable[[int, int], Tensor],
+    count: int,
+    criterion: CriterionName | Criterion,
+    chunk_size: int | None,
+) -> Tensor:
+    """The mean gradient over `count` copies of each image; target=None is the class predicted for the image itself."""
+    chunks(inputs, target, chunk_size)  # for its complaints
+    x, size, classes = inputs.x, chunk_size or len(inputs) * count, target
     if target is None:
         with evaluation_mode(model, gradients=False):
             logits = torch.cat([images.logits(model) for images, _ in chunks(inputs, None, chunk_size)])
             classes = classes_to_explain(None, logits)
     classes = torch.as_tensor(classes, device=x.device).expand(len(x))
-    sigma = noise * (x.flatten(1).amax(1) - x.flatten(1).amin(1))
     total = torch.zeros_like(x)
-    rows = torch.arange(len(x)).repeat_interleave(samples)
-    for of_image in torch.split(rows, size):
-        # Drawn one by one, so that the result does not depend on the size of the chunks.
-        drawn = [torch.randn(x.shape[1:], dtype=x.dtype, device=x.device, generator=generator) for _ in of_image]
-        copies = inputs[of_image]
-        noisy = copies.x + sigma[of_image].view(-1, *[1] * (x.dim() - 1)) * torch.stack(drawn)
-        found = gradient(model, noisy, classes[of_image], criterion=criterion, model_kwargs=copies.kwargs)
+    pairs = [(image, each) for image in range(len(x)) for each in range(count)]
+    for part in (pairs[first : first + size] for first in range(0, len(pairs), size)):
+        of_image = torch.tensor([image for image, _ in part])
+        copies, drawn = inputs[of_image], torch.stack([copy(*pair) for pair in part])
+        found = gradient(model, drawn, classes[of_image], criterion=criterion, model_kwargs=copies.kwargs)
         for index, of_one in enumerate(torch.split(found, of_image.bincount().tolist())):
             if len(of_one):
                 total[index] += of_one.sum(0)  # in one order, unlike index_add_ on CUDA
-    return total / samples
+    return total / count
 
 
 def chunks(inputs: Inputs, target: Any, size: int | None) -> list[tuple[Inputs, Any]]:

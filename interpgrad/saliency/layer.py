@@ -20,13 +20,15 @@ class Layer:
     """The layer of a model, given as the module or its dotted name.
 
     reshape turns its output into (N, K, h, w), where it is not: for instance a vision transformer's tokens,
-    `lambda t: t[:, 1:].transpose(1, 2).unflatten(2, (14, 14))`.
+    `lambda t: t[:, 1:].transpose(1, 2).unflatten(2, (14, 14))`. None is that, where it is plain from the output and
+    the size of the images.
     """
 
-    def __init__(self, model: nn.Module, layer: nn.Module | str, reshape: Reshape | None) -> None:
+    def __init__(self, model: nn.Module, layer: nn.Module | str, reshape: Reshape | None, size: torch.Size) -> None:
         self.model = unwrap(model)
         self.module, self.name = _find(self.model, layer)
         self.reshape = reshape
+        self.size = size
 
     def run(self, inputs: Inputs, change: Callable[[Tensor], Tensor | None]) -> Tensor:
         """The logits of the inputs, with the layer's output replaced by what `change` makes of it (None: left)."""
@@ -58,8 +60,9 @@ class Layer:
 
     def channels(self, output: Tensor) -> Tensor:
         """The layer's output as (N, K, h, w), in at least single precision."""
+        self.reshape = self.reshape or self._usual_reshape(output)
         maps = output if self.reshape is None else self.reshape(output)
-        if not isinstance(maps, Tensor) or maps.dim() != 4 or len(maps) != len(output):
+        if not isinstance(maps, Tensor) or maps.dim() != 2 + len(self.size) or len(maps) != len(output):
             received = tuple(maps.shape) if isinstance(maps, Tensor) else type(maps).__name__
             where = "" if self.reshape is None else " after reshape"
             raise ValueError(
@@ -67,6 +70,21 @@ class Layer:
                 "convolutional layer, or pass a callable `reshape` that makes (N, K, h, w) of the output."
             )
         return maps.to(torch.promote_types(maps.dtype, torch.float32))
+
+    def _usual_reshape(self, output: Tensor) -> Reshape | None:
+        """Of the tokens (N, T, K) of a vision transformer the grid; of Swin's (N, h, w, K) the channels first."""
+        if len(self.size) != 2:
+            return None
+        if output.dim() == 4 and _is_swin(self.model) and _is_grid(output.shape[1:3], self.size):
+            return None if _is_grid(output.shape[2:], self.size) else lambda maps: maps.movedim(3, 1)
+        if output.dim() == 3:
+            known = getattr(self.model, "num_prefix_tokens", None)  # timm's: class and distillation tokens, registers
+            for before in (0, 1) if known is None else (known,):
+                height = round(((output.shape[1] - before) * self.size[0] / self.size[1]) ** 0.5)
+                grid = torch.Size((height, (output.shape[1] - before) // max(1, height)))
+                if grid.numel() == output.shape[1] - before and _is_grid(grid, self.size):
+                    return lambda tokens: tokens[:, -grid.numel() :].transpose(1, 2).reshape(len(tokens), -1, *grid)
+        return None
 
     def ablate(self, output: Tensor, channel: Tensor) -> Tensor:
         """The output of the layer with channel[i] set to 0 in row i, in place."""
@@ -80,6 +98,16 @@ class Layer:
             numbers = torch.arange(1, maps.shape[1] + 1, device=output.device, dtype=maps.dtype)
             (channel_of,) = torch.autograd.grad(maps, values, numbers.view(1, -1, 1, 1).expand_as(maps))
         return output.masked_fill_(channel_of == (channel + 1).view(-1, *[1] * (output.dim() - 1)), 0)
+
+
+def _is_swin(model: nn.Module) -> bool:
+    """Whether layers of the model have channels last: timm says so, torchvision's has its name."""
+    return getattr(model, "output_fmt", None) == "NHWC" or "swin_transformer" in type(model).__module__
+
+
+def _is_grid(shape: torch.Size, size: torch.Size) -> bool:
+    """Whether positions of this shape are images of this size, divided into equal squares."""
+    return bool(shape.numel()) and size[0] % shape[0] == 0 and size[0] * shape[1] == size[1] * shape[0]
 
 
 def _find(model: nn.Module, layer: nn.Module | str) -> tuple[nn.Module, str]:
