@@ -1,12 +1,15 @@
 """Figures of gradients, class activation maps, insertion and deletion curves. Needs matplotlib (the extra "plot").
 
-Every function takes tensors and returns a matplotlib Figure that belongs to no window and no global state: save it with
-`figure.savefig(path)`. Colours are told apart by every kind of colour vision; what is compared shares one scale.
+Every function but `overlay` and `save` takes tensors and returns a matplotlib Figure that belongs to no window and no
+global state: save it with `figure.savefig(path)`. Colours are told apart by every kind of colour vision; what is
+compared shares one scale. An image without a batch is a batch of one.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
 _SIGNED, _POSITIVE = "PuOr_r", "inferno"
 _LINES = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]  # Okabe and Ito
 _FONT = 9
+_ROUNDING = 1e-3  # by which images may leave [0, 1]
 
 
 def gradients(
@@ -43,10 +47,10 @@ def gradients(
     >>> len(figure.axes)  # three columns, two rows, the colour bar
     7
     """
-    _check(images, columns, labels, dims=4)
+    images, columns = _checked(images, columns, labels, dims=4)
     shown = {name: _unit_norm(values.detach().float().cpu().sum(1)) for name, values in columns.items()}
     limit = float(torch.stack(list(shown.values())).abs().flatten().quantile(0.995)) or 1.0
-    figure, grid = _grid(len(images), 1 + len(shown), title)
+    figure, grid = _grid(images, 1 + len(shown), title)
     for row, image in enumerate(images):
         _photograph(grid[row][0], image, labels[row] if labels else None)
         for axis, values in zip(grid[row][1:], shown.values(), strict=True):
@@ -55,7 +59,7 @@ def gradients(
     bar = figure.colorbar(
         drawn, ax=[axis for row in grid for axis in row], shrink=0.6, aspect=30, pad=0.01, extend="both"
     )
-    bar.set_label("gradient, summed over colours, unit norm", fontsize=_FONT)
+    bar.set_label("gradient, summed over\ncolours, unit norm", fontsize=_FONT)
     return figure
 
 
@@ -80,8 +84,8 @@ def cams(
 
     >>> figure = cams(torch.rand(2, 3, 8, 8), {"Grad-CAM": torch.rand(2, 8, 8)}, labels=["cat", "dog"])
     """
-    _check(images, columns, labels, dims=3)
-    figure, grid = _grid(len(images), 1 + len(columns), title)
+    images, columns = _checked(images, columns, labels, dims=3)
+    figure, grid = _grid(images, 1 + len(columns), title)
     for row, image in enumerate(images):
         _photograph(grid[row][0], image, labels[row] if labels else None)
         for axis, maps in zip(grid[row][1:], columns.values(), strict=True):
@@ -100,6 +104,33 @@ def cams(
     return figure
 
 
+def overlay(image: Tensor, saliency_map: Tensor, *, opacity: float = 0.6) -> Tensor:
+    """An image, made grey, under a map, as a picture (3, H, W) in [0, 1].
+
+    Args:
+        image: (3, H, W) or (1, H, W) in [0, 1].
+        saliency_map: (H, W) in [0, 1].
+        opacity: of the map, in [0, 1].
+
+    Raises ValueError for shapes that do not match, or values outside of [0, 1].
+
+    >>> overlay(torch.rand(3, 8, 8), torch.rand(8, 8)).shape
+    torch.Size([3, 8, 8])
+    """
+    colormaps = _matplotlib("matplotlib").colormaps
+
+    images, shown = _checked(image, {"saliency_map": saliency_map}, None, dims=3)
+    grey = images[0].mean(0)
+    colours = torch.from_numpy(colormaps[_POSITIVE](shown["saliency_map"][0].detach().float().cpu().numpy()))[..., :3]
+    picture: Tensor = (1 - opacity) * grey.detach().float().cpu() + opacity * colours.permute(2, 0, 1).float()
+    return picture
+
+
+def save(picture: Tensor, path: str | Path) -> None:
+    """Write a picture (3, H, W) in [0, 1] to a file, pixel for pixel; its name says the format, for instance ".png"."""
+    _matplotlib("matplotlib.image").imsave(path, picture.detach().float().cpu().clamp(0, 1).permute(1, 2, 0).numpy())
+
+
 def curves(insertion: Mapping[str, Tensor], deletion: Mapping[str, Tensor], *, title: str | None = None) -> Figure:
     """Insertion and deletion curves, means over the images, the area under each shaded and in the legend.
 
@@ -112,9 +143,7 @@ def curves(insertion: Mapping[str, Tensor], deletion: Mapping[str, Tensor], *, t
 
     >>> figure = curves({"model": torch.rand(4, 9)}, {"model": torch.rand(4, 9)})
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7.2, 3.1), layout="constrained")
+    figure: Figure = _matplotlib("matplotlib.figure").Figure(figsize=(7.2, 3.1), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     panels = (("insertion", insertion, "revealed"), ("deletion", deletion, "deleted"))
     for axis, (name, named, what) in zip(axes, panels, strict=True):
@@ -140,11 +169,13 @@ def curves(insertion: Mapping[str, Tensor], deletion: Mapping[str, Tensor], *, t
     return figure
 
 
-def _grid(rows: int, columns: int, title: str | None) -> tuple[Figure, list[list[Axes]]]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(1.55 * columns + 0.9, 1.55 * rows + 0.6), layout="constrained")
-    grid = figure.subplots(rows, columns, squeeze=False)
+def _grid(images: Tensor, columns: int, title: str | None) -> tuple[Figure, list[list[Axes]]]:
+    panel = min(max(1.55, images.shape[-1] / 100), 4)  # inches: at the usual 100 dots each a pixel is one, up to 400
+    height = max(panel * len(images) * images.shape[-2] / images.shape[-1], 2.1)  # of the colour bar's label
+    figure: Figure = _matplotlib("matplotlib.figure").Figure(
+        figsize=(panel * columns + 0.9, height + 0.6), layout="constrained"
+    )
+    grid = figure.subplots(len(images), columns, squeeze=False)
     for axis in grid.flat:
         axis.set(xticks=[], yticks=[])
     if title:
@@ -152,8 +183,17 @@ def _grid(rows: int, columns: int, title: str | None) -> tuple[Figure, list[list
     return figure, grid.tolist()
 
 
+def _matplotlib(module: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as reason:
+        raise ImportError(
+            'expected matplotlib, which figures are made with, to be installed: pip install "interpgrad[plot]".'
+        ) from reason
+
+
 def _photograph(axis: Axes, image: Tensor, label: str | None) -> None:
-    pixels = image.detach().float().cpu().clamp(0, 1).expand(3, -1, -1).permute(1, 2, 0).numpy()
+    pixels = image.detach().float().cpu().expand(3, -1, -1).permute(1, 2, 0).clamp(0, 1).numpy()  # rounding alone
     axis.imshow(pixels)
     if label:
         axis.set_ylabel(label, fontsize=_FONT)
@@ -168,9 +208,21 @@ def _unit_norm(maps: Tensor) -> Tensor:
     return torch.nn.functional.normalize(maps.flatten(1), eps=1e-30).view_as(maps)
 
 
-def _check(images: Any, columns: Mapping[str, Tensor], labels: Sequence[str] | None, dims: int) -> None:
+def _checked(
+    images: Tensor, columns: Mapping[str, Tensor], labels: Sequence[str] | None, dims: int
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Both with a batch dimension."""
+    if images.dim() == 3:
+        images = images[None]
+        columns = {name: values[None] if values.dim() == dims - 1 else values for name, values in columns.items()}
     if images.dim() != 4 or images.shape[1] not in (1, 3) or not len(images):
         raise ValueError(f"expected images (N, 3, H, W) or (N, 1, H, W) in [0, 1], got {tuple(images.shape)}.")
+    low, high = (float(end) for end in images.aminmax())
+    if not -_ROUNDING <= low <= high <= 1 + _ROUNDING:
+        raise ValueError(
+            f"expected images in [0, 1], got values from {low:.3g} to {high:.3g}: pass them as they were before "
+            "they were normalized, x * std + mean."
+        )
     if not columns:
         raise ValueError("expected at least one column to show beside the images, got none.")
     for name, values in columns.items():
@@ -181,3 +233,4 @@ def _check(images: Any, columns: Mapping[str, Tensor], labels: Sequence[str] | N
             )
     if labels is not None and len(labels) != len(images):
         raise ValueError(f"expected a label for each of the {len(images)} images, got {len(labels)}.")
+    return images, dict(columns)

@@ -23,12 +23,6 @@ NOTEBOOKS = {
     "first-training": "count, held_out, epochs = 128, 32, 1",
     "evaluation": "count, held_out, epochs, examined = 128, 32, 1, 8",
 }
-PREAMBLE = """
-import torch, torch.nn.functional as F
-from torch import nn
-model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 4))
-x, y = torch.randn(5, 3, 8, 8), torch.randint(4, (5,))
-"""
 
 
 def code_blocks(page):
@@ -71,9 +65,11 @@ def somewhere(tmp_path, monkeypatch):
 @pytest.mark.cpu("the code of the documents chooses its device")
 @pytest.mark.parametrize("page", [page for page in PAGES if code_blocks(page)])
 def test_code_of_the_page_runs(page, somewhere):
-    """Every Python block, one after the other, in one namespace; but for those whose packages are not installed."""
+    """As pasted: its Python blocks, one after the other, in a namespace that is empty before the first.
+
+    Blocks whose packages are not installed are left out.
+    """
     namespace, missing = {"__name__": "page"}, set()
-    exec(PREAMBLE, namespace)
     for index, block in enumerate(code_blocks(page)):
         if absent(block):
             missing |= absent(block)

@@ -1,5 +1,6 @@
 """Figures: what is on them, one colour scale for what is compared, nothing global."""
 
+import importlib
 import subprocess
 import sys
 
@@ -43,6 +44,48 @@ def test_cams():
     assert scales(figure) == {(0, 1)}
 
 
+def test_overlays():
+    """Grey under the colours of the map, in these shares; what is written is what was given."""
+    image, shown = torch.rand(3, 5, 7), torch.zeros(5, 7)
+    shown[2, 3] = 1
+    picture = plot.overlay(image, shown, opacity=0.25)
+    colours = torch.tensor(matplotlib.colormaps["inferno"]([0.0, 1.0]))[:, :3].float()
+    expected = 0.75 * image.mean(0) + 0.25 * torch.where(
+        shown == 1, colours[1][:, None, None], colours[0][:, None, None]
+    )
+    torch.testing.assert_close(picture, expected)
+    torch.testing.assert_close(plot.overlay(image[:1], shown, opacity=0), image[:1].expand(3, -1, -1))
+
+
+def test_saved_pictures_are_pixel_for_pixel(tmp_path):
+    picture = torch.randint(256, (3, 5, 7)) / 255
+    plot.save(picture, tmp_path / "picture.png")
+    read = torch.tensor(importlib.import_module("matplotlib.image").imread(tmp_path / "picture.png"))[..., :3].permute(
+        2, 0, 1
+    )
+    torch.testing.assert_close(read, picture)
+
+
+def test_one_image_needs_no_batch():
+    image, delta = torch.rand(3, 8, 8), torch.randn(3, 8, 8)
+    assert texts(plot.gradients(image, {"δ": delta})) == texts(plot.gradients(image[None], {"δ": delta[None]}))
+    assert texts(plot.cams(image, {"m": delta[0].abs()})) >= {"image", "m"}
+
+
+def test_panels_have_the_size_of_the_images():
+    figure = plot.gradients(torch.rand(1, 3, 300, 200), {"δ": torch.randn(1, 3, 300, 200)})
+    figure.draw_without_rendering()
+    box = figure.axes[0].get_window_extent()
+    assert 150 < box.width <= 200
+    assert box.height == pytest.approx(1.5 * box.width)
+
+
+def test_without_matplotlib(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match="expected matplotlib, which figures are made with, to be installed"):
+        plot.gradients(torch.rand(1, 3, 8, 8), {"δ": torch.randn(1, 3, 8, 8)})
+
+
 def test_curves():
     rising = torch.linspace(0, 1, 5).repeat(3, 1)
     figure = plot.curves({"model": rising, "other": rising[0] / 2}, {"model": rising.flip(1), "other": rising})
@@ -70,7 +113,12 @@ def test_no_global_state_and_no_display(tmp_path):
 def test_bad_input():
     images, gradient = torch.rand(2, 3, 8, 8), torch.randn(2, 3, 8, 8)
     for arguments, message in (
-        ((images[0], {"δ": gradient}), r"expected images \(N, 3, H, W\)"),
+        ((images[0], {"δ": gradient}), r"expected 'δ' of shape \(N, C, H, W\), as the images \(1, 3, 8, 8\), got"),
+        ((images[0, 0], {"δ": gradient}), r"expected images \(N, 3, H, W\)"),
+        (
+            (3 * images - 1, {"δ": gradient}),
+            r"expected images in \[0, 1\], got values from -.* to .*: pass",
+        ),
         ((images, {}), "at least one column"),
         ((images, {"δ": gradient[:1]}), r"expected 'δ' of shape \(N, C, H, W\), as the images"),
         ((images, {"δ": gradient[..., :4]}), "expected 'δ' of shape"),

@@ -13,7 +13,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule
+try:
+    from lightning.pytorch import Callback, LightningModule
+except ImportError as reason:
+    raise ImportError(
+        "expected lightning, whose callback this is, to be installed: pip install lightning. (The package "
+        "pytorch_lightning has classes of its own.)"
+    ) from reason
 
 from interpgrad.loss import InterpretableGradientLoss
 
