@@ -133,8 +133,9 @@ def images_of(options: argparse.Namespace) -> Tensor:
     """Random ones for random weights; a trained network sees what it was trained for, which channels die on."""
     if options.checkpoint is None:
         return torch.rand(options.batch, 3, options.size, options.size)
-    from classifiers import square
     from evaluate import read_task
+
+    from interpgrad.published import square
 
     images, _ = next(read_task(options.data, square(options.size), options.batch).batches(options.batch))
     return images

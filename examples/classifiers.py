@@ -2,38 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import pickle
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from images import SIZE, BadInputError
 from torch import Tensor, nn
 
-
-@dataclass
-class Preprocessing:
-    """What makes of a photograph what a network takes: `show` an image (3, H, W) in [0, 1], to be normalized."""
-
-    show: Callable[[Any], Tensor]
-    mean: tuple[float, ...] = (0.0,) * 3
-    std: tuple[float, ...] = (1.0,) * 3
-
-    def __str__(self) -> str:
-        """How the photograph becomes the image, in one line."""
-        return " ".join(repr(self.show).split())
-
-
-def square(size: int) -> Callable[[Any], Tensor]:
-    """A photograph's middle, as a square of so many pixels."""
-    from torchvision.transforms import v2
-
-    return v2.Compose([v2.Resize(size), v2.CenterCrop(size), v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
+from interpgrad.published import Preprocessing, classifier, fill, reading, square
 
 
 @dataclass
@@ -99,7 +77,7 @@ def load(spec: str, classes: int, size: int | None = None) -> Network:
     and normalized as was published with it; with a size, they are squares of so many pixels.
     """
     if Path(spec).is_file():
-        with _reading(spec):
+        with reading(spec):
             checkpoint = torch.load(spec, map_location="cpu", weights_only=True)
         if not isinstance(checkpoint, dict) or checkpoint.get("architecture") != "small_resnet":
             raise BadInputError(
@@ -107,48 +85,13 @@ def load(spec: str, classes: int, size: int | None = None) -> Network:
                 f"give it as NAME:{spec} with the name of a torchvision or timm model."
             )
         model, name = small_resnet(len(checkpoint["classes"])), Path(spec).stem
-        _fill(model, checkpoint["state_dict"], spec)
+        fill(model, checkpoint["state_dict"], spec)
         return network_of(name, model, Preprocessing(square(size or SIZE)))
     name, _, path = spec.partition(":")
-    if path and not Path(path).is_file():
-        raise BadInputError(f"expected a checkpoint at {path}, found no file.")
-    model, preprocessing = _published(name, classes if path else None)
-    if path:
-        from timm.models import load_state_dict
-
-        with _reading(path):
-            weights = load_state_dict(path, use_ema=False, weights_only=True)
-        _fill(model, weights, path)
+    model, preprocessing = classifier(name, path or None, classes if path else None)
     if size:
         preprocessing.show = square(size)
     return network_of(Path(path).stem if path else name, model, preprocessing)
-
-
-def last_layer(network: Network, images: Tensor) -> str:
-    """The name of the last layer with an output (N, K, h, w) of more than one pixel, called once."""
-    calls: dict[str, int] = {}
-    found: list[str] = []
-
-    def note(name: str, output: object) -> None:
-        calls[name] = calls.get(name, 0) + 1
-        if isinstance(output, Tensor) and output.dim() == 4 and output.shape[2] * output.shape[3] > 1:
-            found.append(name)
-
-    handles = [
-        module.register_forward_hook(lambda _, __, output, name=name: note(name, output))
-        for name, module in network.model.named_modules()
-        if name
-    ]
-    try:
-        with torch.no_grad():
-            network.model(images)
-    finally:
-        for handle in handles:
-            handle.remove()
-    once = [name for name in found if calls[name] == 1]
-    if not once:
-        raise BadInputError("expected a layer whose output is (N, K, h, w), found none: name one with --layer.")
-    return once[-1]
 
 
 def network_of(name: str, model: nn.Module, preprocessing: Preprocessing | None = None) -> Network:
@@ -157,59 +100,3 @@ def network_of(name: str, model: nn.Module, preprocessing: Preprocessing | None 
     for key, value in model.state_dict().items():
         digest.update(key.encode() + value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return Network(name, model.eval(), preprocessing or Preprocessing(square(SIZE)), digest.hexdigest()[:16])
-
-
-def _published(name: str, classes: int | None) -> tuple[nn.Module, Preprocessing]:
-    """A classifier of torchvision or timm; with its published weights if the number of classes is None."""
-    import timm
-    from torchvision import models
-
-    try:
-        if name in models.list_models(models):
-            settings = {"weights": "DEFAULT"} if classes is None else {"weights": None, "num_classes": classes}
-            return models.get_model(name, **settings), torchvision_preprocessing(name)
-        if timm.is_model(name):
-            settings = {"pretrained": True} if classes is None else {"num_classes": classes}
-            model = timm.create_model(name, **settings)
-            return model, timm_preprocessing(model)
-    except OSError as reason:
-        raise BadInputError(f"expected the published weights of {name}, could not get them: {reason}.") from reason
-    raise BadInputError(
-        f"expected a checkpoint, NAME:CHECKPOINT or the NAME of a torchvision or timm model, got {name!r}: no such "
-        "file, no such model."
-    )
-
-
-def torchvision_preprocessing(name: str) -> Preprocessing:
-    """That of the default weights of a classifier of torchvision."""
-    from torchvision.models import get_model_weights
-
-    weights = get_model_weights(name).DEFAULT
-    published = weights.transforms()
-    show = weights.transforms(mean=Preprocessing.mean, std=Preprocessing.std)  # normalized later
-    return Preprocessing(show, tuple(published.mean), tuple(published.std))
-
-
-def timm_preprocessing(model: nn.Module) -> Preprocessing:
-    """That of the weights a classifier of timm was published with."""
-    from timm.data import create_transform, resolve_model_data_config
-    from torchvision.transforms import v2
-
-    config = resolve_model_data_config(model)
-    show = v2.Compose([create_transform(**config, normalize=False), v2.ToDtype(torch.float32, scale=True)])
-    return Preprocessing(show, config["mean"], config["std"])
-
-
-@contextlib.contextmanager
-def _reading(path: str) -> Iterator[None]:
-    try:
-        yield
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as reason:
-        raise BadInputError(f"expected a checkpoint of tensors in {path}, could not read it: {reason}.") from reason
-
-
-def _fill(model: nn.Module, state: dict[str, Tensor], path: str) -> None:
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as reason:
-        raise BadInputError(f"expected the weights of a {type(model).__name__} in {path}: {reason}.") from reason

@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from classifiers import Network, last_layer, load, square
+from classifiers import Network, load
 from figures import OBJECTS, scaled
 from images import SIZE, BadInputError, digits_on_photographs
 from markdown_table import markdown_table
@@ -37,6 +37,7 @@ from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 from tqdm import tqdm
 
 from interpgrad import metrics, plot, saliency
+from interpgrad.published import last_layer, square
 
 TITLES = {
     "gradient": "|δ|",
@@ -350,7 +351,7 @@ def main() -> None:
             network.model.to(options.device)
             network.name = re.sub(r"[^\w.+ -]", "_", network.name)
         sample = next(task.batches(2))[0].to(options.device)
-        layers = [options.layer or last_layer(network, sample) for network in networks]
+        layers = [options.layer or last_layer(network.model, sample) for network in networks]
         options.output.mkdir(parents=True, exist_ok=True)
         results = [
             evaluate_once(network, task, layer, method, options)

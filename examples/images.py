@@ -9,13 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from interpgrad.published import BadInputError
+
 SIZE = 32  # pixels, height and width of every image
 _SCAN = 16  # pixels, height and width of a digit
 _INK = 0.3  # ink from which on a pixel counts as the digit
-
-
-class BadInputError(Exception):
-    """What the user gave cannot be used; the message says why and what would be."""
 
 
 @dataclass

@@ -18,7 +18,7 @@ def seeded(seed):
 
 def autocast(dtype):
     """Mixed precision on the device of the tests."""
-    return torch.autocast(torch.get_default_device().type, dtype)
+    return torch.autocast(torch.get_default_device().type, dtype, enabled=dtype != torch.float32)
 
 
 def data(n=3, size=8, classes=4, seed=0):

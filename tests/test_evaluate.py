@@ -21,7 +21,7 @@ import classifiers  # noqa: E402
 import evaluate  # noqa: E402
 from PIL import Image  # noqa: E402
 
-from interpgrad import metrics  # noqa: E402
+from interpgrad import metrics, published  # noqa: E402
 
 
 @pytest.fixture
@@ -161,7 +161,7 @@ def photograph():
 @pytest.mark.parametrize("name", ["inception_v3", "efficientnet_b3", "vit_h_14"])
 def test_a_network_of_torchvision_is_shown_what_it_was_published_for(name):
     """Its own size, crop, interpolation and normalization, which are not those of ResNet-50."""
-    found, picture = classifiers.torchvision_preprocessing(name), photograph()
+    found, picture = published.torchvision_preprocessing(name), photograph()
     mean, std = (torch.tensor(each).view(-1, 1, 1) for each in (found.mean, found.std))
     expected = torchvision.models.get_model_weights(name).DEFAULT.transforms()(picture)
     assert expected.shape[-1] != 224
@@ -171,7 +171,7 @@ def test_a_network_of_torchvision_is_shown_what_it_was_published_for(name):
 @pytest.mark.parametrize("name", ["tf_efficientnet_b1", "vit_tiny_patch16_224", "mobilenetv3_large_100"])
 def test_a_network_of_timm_is_shown_what_it_was_published_for(name):
     model, picture = timm.create_model(name), photograph()
-    found = classifiers.timm_preprocessing(model)
+    found = published.timm_preprocessing(model)
     mean, std = (torch.tensor(each).view(-1, 1, 1) for each in (found.mean, found.std))
     expected = timm.data.create_transform(**timm.data.resolve_model_data_config(model))(picture)
     torch.testing.assert_close((found.show(picture) - mean) / std, expected)
@@ -207,7 +207,7 @@ def test_cifar(run, checkpoints, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nonesuch"], "expected a checkpoint, NAME:CHECKPOINT or the NAME of a torchvision or timm model"),
+        (["nonesuch"], "expected the name of a classifier of torchvision or timm"),
         (["resnet18:missing.pt"], "expected a checkpoint at missing.pt, found no file"),
         (["without.pt", "--data", "missing"], "expected missing to hold test/ or val/"),
         (["broken.pt"], "expected a checkpoint of tensors in broken.pt"),

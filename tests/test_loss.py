@@ -184,7 +184,7 @@ def test_every_where_a_step_calls_more_than_once(shared):
         for _ in range(2):  # with the weights perturbed in between
             with reg.shared_forward(step) if shared else contextlib.nullcontext():
                 model(x) if shared else None
-            seen.append(float(reg(x, y, step=step)))
+            seen.append(reg(x, y, step=step).item())
             with torch.no_grad():
                 model[0].weight += 1e-3
     once = InterpretableGradientLoss(small_net(), every=2, start=2, warmup=4)

@@ -132,7 +132,7 @@ def test_rise():
             start, scores = start.clone(), []
             salient_order = saliency_map.flatten().cpu().numpy().argsort()[::-1]
             for i in range((hw + step - 1) // step + 1):
-                scores.append(float(model(start).softmax(1)[0, c]))
+                scores.append(model(start).softmax(1)[0, c].item())
                 coords = salient_order[step * i : step * (i + 1)].copy()
                 start.view(3, hw)[:, coords] = finish.reshape(3, hw)[:, coords]
             auc = (sum(scores) - scores[0] / 2 - scores[-1] / 2) / (len(scores) - 1)

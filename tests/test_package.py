@@ -56,6 +56,8 @@ MAY_IMPORT = {
     },
     "integrations": {"forward", "loss"},
     "saliency": {"autocast", "cleanup", "criteria", "forward", "gradients", "inputs", "model", "settings"},
+    "published": set(),
+    "__main__": {"plot", "published", "saliency"},
     "held_out": {"autocast", "criteria", "errors", "gradients", "inputs", "model"},
     "__init__": {
         *("double_backward", "errors", "gradients", "held_out", "loss", "metrics", "plot", "report", "saliency"),

@@ -400,7 +400,7 @@ def test_targets_in_other_forms():
             y.int(),
             one_hot,
             one_hot.bool(),
-            np.array(one_hot.cpu()),
+            one_hot.cpu().numpy().copy(),
         ):
             same(input_gradients(model, x, target, criterion=criterion), expected)
         with pytest.raises(TypeError, match="expected y to hold a target for each image, got int"):

@@ -18,7 +18,7 @@ import torch
 from torch.utils.data import TensorDataset
 
 sys.path += [str(Path(__file__).parents[1]), str(Path(__file__).parents[3] / "examples")]
-from classifiers import Network, last_layer, network_of
+from classifiers import Network, network_of
 from comparisons import randomized, smoothed
 from evaluate import TITLES, Task, add_protocol, evaluate_once
 from figures import evaluate
@@ -28,6 +28,7 @@ from quickstart import picture, positive
 from train import read
 
 from interpgrad import plot, saliency
+from interpgrad.published import last_layer
 
 
 def load(folder: Path, images: Images) -> Network:
@@ -75,7 +76,7 @@ def measure(folders: list[Path], options: argparse.Namespace) -> None:
         network.model.to(options.device)
         if not figures.exists():
             save({"torch": torch.__version__} | gradients_of(network, many, few, brief=options.brief), figures)
-        layer = last_layer(network, few.test[0][:2])
+        layer = last_layer(network.model, few.test[0][:2])
         for method in options.methods:
             evaluate_once(network, task, layer, method, options)
         print(f"measured {folder}")
@@ -92,7 +93,7 @@ def pictures(folders: list[Path], options: argparse.Namespace) -> None:
     for method in (each for each in options.methods if each in saliency.CAMS):
         for network, name in zip(networks, ("without", "with"), strict=True):
             columns[f"{TITLES[method]}\n{name}"] = saliency.CAMS[method](
-                network.model, x, last_layer(network, x[:2]), y
+                network.model, x, last_layer(network.model, x[:2]), y
             )
     labels = [images.classes[int(label)] for label in y]
     figure = plot.cams(x, columns, labels=labels, title=f"Class activation maps of the class, held-out {images.name}")

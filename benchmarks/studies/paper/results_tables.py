@@ -24,8 +24,6 @@ from runs import BEST, KINDS, name_of, network_of
 from slides import ACCURACY, OF_ERRORS, OF_MAPS, OF_WEIGHTS, PLAIN
 from summary import COLUMNS, Stored, summarized
 
-from interpgrad.saliency import CAMS
-
 MODELS = {"resnet18": "RESNET-18", "mobilenet_v2": "MOBILENET-V2"}
 ERRORS = {"cos": "Cosine", "hi": "Histogram", "mae": "MAE", "mse": "MSE"}
 
@@ -169,7 +167,7 @@ def main() -> None:
     parser.add_argument("--present", action="store_true", help="leave out what was not run")
     options = parser.parse_args()
     if options.runs:
-        stored = summarized(compare.read(options.runs, list(CAMS)))
+        stored = summarized(compare.read(options.runs, list(OF_MAPS["resnet18"])))
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(stored, ensure_ascii=False).replace('}, "', '},\n"') + "\n")
     pictures = [options.json.with_name(f"{name}.png") for name in ("gradients", "maps")]

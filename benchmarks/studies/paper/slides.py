@@ -2,6 +2,7 @@
 
 WEIGHTS = (1e-3, 2.5e-3, 5e-3, 7.5e-3, 1e-2, 1e-1, 1.0, 10.0)  # Table 4
 ACCURACY = {"resnet18": (73.42, 72.86), "mobilenet_v2": (59.43, 62.36)}
+# The five maps below are all that they compare.
 OF_MAPS = {  # baseline, ours
     "resnet18": {
         "grad_cam": ((30.16, 15.23, 29.99, 58.47, 17.47), (28.09, 16.19, 31.53, 58.76, 17.57)),

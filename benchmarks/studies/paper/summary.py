@@ -10,8 +10,7 @@ from typing import Any
 from compare import interval, percent
 from runs import network_of
 from scipy import stats
-
-from interpgrad.saliency import CAMS
+from slides import OF_MAPS
 
 COLUMNS = ("AD", "AG", "AI", "INS", "DEL")
 Stored = dict[str, Any]  # name of a run -> figure, such as "accuracy" or "grad_cam AD" -> statistics
@@ -29,7 +28,7 @@ def summarized(runs: dict[str, Any]) -> Stored:
         if common:
             found = [accuracies[seed] - 100 * base[seed]["run"]["accuracy"] for seed in common]
             row["accuracy"] |= _paired(found)
-        for method in CAMS:
+        for method in OF_MAPS["resnet18"]:
             for metric in COLUMNS:
                 values = percent(seeds, list(seeds), method, metric)
                 row[f"{method} {metric}"] = _over_seeds(values.mean(1).tolist())
