@@ -219,7 +219,11 @@ def check_batch(x: Any, y: Any) -> None:
     if shape is not None and (len(shape) == 0 or shape[0] != len(x)):
         raise ValueError(
             f"expected one target for each of the {len(x)} images, got y of shape {tuple(shape)}: "
-            "pass the x and y of the same batch."
+            + (
+                "pass one image as a batch, x[None]."
+                if tuple(shape) in ((), (1,))
+                else "pass the x and y of the same batch."
+            )
         )
 
 

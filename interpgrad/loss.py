@@ -216,7 +216,15 @@ class InterpretableGradientLoss(nn.Module):
 
         with exclusive_use(self.model), torch.enable_grad():
             forward = self._forward_pass(x, model_args, model_kwargs, training)
-            errors, self.cosine = self._evaluate(forward, y, target, differentiable=training and weight != 0)
+            try:
+                errors, self.cosine = self._evaluate(forward, y, target, differentiable=training and weight != 0)
+            except RuntimeError as error:
+                if "second time" not in str(error):
+                    raise
+                raise RuntimeError(
+                    "expected the graph of the forward pass inside shared_forward(), got one that a backward pass has "
+                    "freed: call the loss before loss.backward()."
+                ) from error
             value = errors.mean() if self.reduction == "mean" else errors
 
         self.penalty = errors.detach().mean()  # R

@@ -123,6 +123,8 @@ def classes_to_explain(target: Any, logits: Tensor) -> Tensor:
     target = torch.as_tensor(target, device=logits.device)
     if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
         raise TypeError(f"expected target to hold class indices, got a tensor of {target.dtype}.")
+    if target.shape == (samples, 1):
+        target = target[:, 0]
     if target.shape not in ((), (samples,)):
         raise ValueError(
             f"expected target to be one class index or one for each of the {samples} images, got shape "
