@@ -9,7 +9,7 @@ TORCH ?=
 VENV := .venv$(if $(TORCH),-$(subst *,x,$(TORCH)))
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test test-cuda test-oldest lint docs dist verify clean
+.PHONY: demo test test-fast test-cuda test-oldest lint docs dist verify clean
 
 demo: $(VENV)/.examples
 	$(RUN) examples/quickstart.py $(ARGS)
@@ -17,6 +17,10 @@ demo: $(VENV)/.examples
 # A process for each core, files whole: some make what all of their tests use.
 test: $(VENV)/.test
 	$(RUN) -m pytest -n auto --dist loadfile $(ARGS)
+
+# What to run before each commit: all but trainings, scripts, processes and long comparisons.
+test-fast: $(VENV)/.test
+	$(RUN) -m pytest -n auto --dist loadfile -m "not slow" $(ARGS)
 
 test-cuda: $(VENV)/.test
 	$(RUN) -m pytest --device cuda $(ARGS)

@@ -2,6 +2,7 @@
 
 import itertools
 
+import pytest
 import timm
 import torch
 import torchvision
@@ -47,6 +48,11 @@ ARCHITECTURES = {
     "timm convnext_atto": (lambda: timm.create_model("convnext_atto", ls_init_value=1.0), 64),
     "timm vit_tiny": (lambda: timm.create_model("vit_tiny_patch16_224", img_size=64), 64),
 }
+
+# What a commit is tested with. The others run with --nightly.
+OFTEN = {"tv resnet18", "tv vgg11_bn", "tv squeezenet1_1", "tv shufflenet_v2", "tv efficientnet_b0"}
+OFTEN |= {"tv mobilenet_v3_small", "timm convnext_atto", "timm vit_tiny"}
+NAMES = [pytest.param(each, marks=[] if each in OFTEN else pytest.mark.nightly) for each in ARCHITECTURES]
 
 
 def architecture(name, training):

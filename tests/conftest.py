@@ -17,6 +17,7 @@ hypothesis.settings.load_profile("interpgrad")
 
 def pytest_addoption(parser):
     parser.addoption("--device", type=torch.device, default=torch.device("cpu"), help="where the tests run: cuda")
+    parser.addoption("--nightly", action="store_true", help="all architectures, where a commit has eight")
 
 
 def pytest_configure(config):
@@ -24,9 +25,15 @@ def pytest_configure(config):
         os.environ["OMP_NUM_THREADS"] = "1"
         torch.set_num_threads(1)
     config.addinivalue_line("markers", "cpu(reason): a test that the device given by --device cannot run")
+    config.addinivalue_line("markers", "nightly: a test that --nightly alone runs")
+    config.addinivalue_line("markers", "slow: a test that make test-fast leaves out")
 
 
 def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--nightly"):
+        left = [item for item in items if item.get_closest_marker("nightly")]
+        items[:] = [item for item in items if not item.get_closest_marker("nightly")]
+        config.hook.pytest_deselected(items=left)
     if config.getoption("--device").type != "cpu":
         for item in items:
             for marker in item.iter_markers("cpu"):

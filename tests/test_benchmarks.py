@@ -44,6 +44,7 @@ def run(*arguments, cwd, script="overhead.py"):
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=300)
 
 
+@pytest.mark.slow
 def test_a_tiny_run(tmp_path):
     options = ["--batch", 8, "--repeat", 9, "--seconds", 0, "--size", 64, "--json", "o.json", "--plot", "o.png"]
     variants = ["--amp", "fp32", "bf16", "--layout", "contiguous", "channels_last"]
@@ -68,6 +69,7 @@ def test_a_tiny_run(tmp_path):
     assert json.loads((tmp_path / "o.json").read_text())["results"] == stored["results"]
 
 
+@pytest.mark.slow
 def test_contenders_with_a_wrong_gradient_are_not_timed(tmp_path):
     """DenseNet calls F.relu: replacing modules misses it."""
     result = run("--models", "densenet121", "--batch", 8, "--repeat", 2, "--json", "o.json", cwd=tmp_path)
@@ -77,6 +79,7 @@ def test_contenders_with_a_wrong_gradient_are_not_timed(tmp_path):
     assert "wrong gradient" in result.stdout
 
 
+@pytest.mark.slow
 def test_unknown_model(tmp_path):
     result = run("--models", "nonesuch", cwd=tmp_path)
     assert result.returncode != 0
@@ -96,6 +99,7 @@ def test_the_peak_is_that_of_the_step():
     assert 0.9 * 2**20 < difference < 1.1 * 2**20
 
 
+@pytest.mark.slow
 def test_a_tiny_evaluation(tmp_path):
     """Every contender computes what its peer does, and is timed."""
     pytest.importorskip("pytorch_grad_cam")
@@ -109,6 +113,7 @@ def test_a_tiny_evaluation(tmp_path):
         assert row["speedup"] == pytest.approx(row["images_per_second"] / row["peer_images_per_second"])
 
 
+@pytest.mark.slow
 @fsdp2_runs
 def test_what_the_loss_sends(tmp_path):
     """As docs/explanation/scaling.md says: with a shared forward no more than a plain step, and no later."""

@@ -35,7 +35,7 @@ def test_report():
     lines = str(report).splitlines()
     assert report.ok
     assert lines[0] == "Sequential can be used with the interpretable gradient loss:"
-    assert lines[1] == "note   activations: guided at Relu x3. Nothing to do."
+    assert lines[1].startswith("note   activations: guided at Relu x3. Nothing to do.")
     assert len(lines) == 1 + len(report.findings)
     assert [finding.subject for finding in report.findings] == ["activations", "batch statistics", "cost"]
     report = check(nn.Sequential(nn.Flatten(), nn.Linear(192, 4)).double(), data()[0])
@@ -92,6 +92,7 @@ ARCHITECTURES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_architectures(name):
     build, size, expected, passes = ARCHITECTURES[name]
@@ -301,3 +302,30 @@ def test_one_of_two_errors_of_the_loss():
     with pytest.raises(RuntimeError) as raised:
         InterpretableGradientLoss(model)(x, y)
     assert findings(model)["the loss"] == str(raised.value)
+
+
+def test_a_models_own_error_is_the_models():
+    class Broken(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(()))
+
+        def forward(self, x):
+            return (x * self.weight).flatten(1) @ torch.ones(3, 4, dtype=x.dtype)
+
+    (finding,) = check(Broken(), data()[0]).findings
+    assert finding.severity == "error"
+    assert finding.subject == "the model"
+    assert "shapes cannot be multiplied" in finding.message
+
+
+def test_a_frozen_network_cannot_be_used():
+    report = check(small_net().requires_grad_(False), data()[0])
+    assert not report.ok
+    assert "error  parameters: none requires a gradient" in str(report)
+
+
+def test_rectifiers_are_told_of_smooth_ones():
+    """Where there are no others."""
+    assert "SiLU in the place of ReLU" in findings(net_with(nn.ReLU()))["activations"]
+    assert "SiLU in the place" not in findings(net_with(nn.SiLU()))["activations"]

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from oracle import relative_difference
-from test_docs import PREAMBLE, code_blocks
+from test_docs import code_blocks
 from torch import nn
 
 from interpgrad import InterpretableGradientLoss
@@ -70,7 +70,7 @@ def test_a_step_in_a_cuda_graph(batch_norm):
 def test_the_page_on_cuda_graphs():
     """Its code runs, and what it replays are the gradients of its eager step."""
     names = {"__name__": "page"}
-    for block in (PREAMBLE, *code_blocks("docs/how-to/cuda-graphs.md")):
+    for block in code_blocks("docs/how-to/cuda-graphs.md"):
         exec(block, names)
     names["regularized"]()
     replayed = gradients(names["model"]).clone()

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from architectures import ARCHITECTURES
+from architectures import ARCHITECTURES, NAMES
 from cuda_rules import CudaRules, Cudnn, RefusedOnCudaError
 from torch import nn
 
@@ -41,8 +41,9 @@ def step(model, x, y, *, shared, autocast=None, batch_norm="frozen", transform=N
     return mode.checked
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_norm", ["frozen", "coupled"])
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", NAMES)
 def test_architectures(name, batch_norm):
     """In training and evaluation, plain and shared, contiguous and channels_last, single, half and mixed precision."""
     build, size = ARCHITECTURES[name]

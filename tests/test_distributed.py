@@ -18,6 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from interpgrad import InterpretableGradientLoss, input_gradients
 
+pytestmark = pytest.mark.slow
+
 WORLD = 2
 
 

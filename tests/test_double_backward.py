@@ -636,6 +636,7 @@ COUNTED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_norm", ["frozen", "coupled"])
 @pytest.mark.parametrize("name", COUNTED)
 def test_counted_flops_of_a_regularized_step(name, batch_norm):

@@ -238,3 +238,20 @@ def test_with_mixup_targets_and_a_criterion_of_ones_own():
         reg = InterpretableGradientLoss(model, **settings, **LATE)
         assert call(reg, model, x, probabilities, shared=True) == 0
     assert metrics.HIGHER_IS_BETTER  # plain imports: no import of their own
+
+
+def test_a_backward_pass_before_the_loss():
+    model, (x, y) = small_net(), data()
+    reg = InterpretableGradientLoss(model)
+    with reg.shared_forward():
+        logits = model(x)
+    F.cross_entropy(logits, y).backward()
+    with pytest.raises(RuntimeError, match=r"got one that a backward pass has freed: call the loss before loss.backw"):
+        reg(x, y)
+
+
+def test_one_image_without_a_batch():
+    model, (x, y) = small_net(), data()
+    for target in (y[:1], y[0]):
+        with pytest.raises(ValueError, match=r"expected one target for each of the 3 images, .* pass one image as a"):
+            InterpretableGradientLoss(model)(x[0], target)

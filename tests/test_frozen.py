@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from architectures import ARCHITECTURES, architecture
+from architectures import NAMES, architecture
 from nets import autocast, data, seeded, small_net
 from oracle import deterministic, oracle_gradients, relative_difference
 from torch import nn
@@ -57,7 +57,8 @@ def assert_is_the_reference(
     return delta, guided
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
 def test_architectures(name):
     """Every error, three targets, from shared forward passes and others."""
     model, size = architecture(name, training=True)
@@ -387,7 +388,7 @@ def operations_of_a_step(model, x, y, **settings):
     return counts
 
 
-@pytest.mark.parametrize("name", PIECEWISE_LINEAR)
+@pytest.mark.parametrize("name", [each for each in NAMES if each.values[0] in PIECEWISE_LINEAR])
 def test_the_penalty_of_a_piecewise_linear_network_sends_nothing_into_its_forward_pass(name):
     """So the backward pass of both computes what the two do, and not what a sum in the middle would need."""
     model, size = architecture(name, training=True)

@@ -6,7 +6,7 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
-from architectures import ARCHITECTURES, architecture
+from architectures import NAMES, architecture
 from nets import SMOOTH, SPELLINGS, Apply, HidingPlaces, Rectified, data, small_net
 from oracle import deterministic, oracle_gradients, relative_difference
 from torch import nn
@@ -52,8 +52,9 @@ def test_all_hiding_places_in_one_net(training):
     assert_equal_gradients(model, reference, *data())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", NAMES)
 def test_architectures(name, training):
     model, size = architecture(name, training)
     x, y = data(n=2, size=size, classes=10)

@@ -26,6 +26,8 @@ from interpgrad.integrations.lightning import LogLoss
 from interpgrad.integrations.timm import RegularizedTask
 from interpgrad.integrations.transformers import Regularized
 
+pytestmark = pytest.mark.slow
+
 LAM = 2.0  # so that a wrong weight is seen
 
 

@@ -15,6 +15,8 @@ from traces import same, trace
 
 from interpgrad import InterpretableGradientLoss, fast_double_backward, input_gradients, metrics, saliency
 
+pytestmark = pytest.mark.slow
+
 INTERRUPTS = 300  # of each call
 
 

@@ -209,7 +209,7 @@ def test_lbfgs_minimizes_one_function_a_step():
             optimizer.zero_grad()
             loss = F.cross_entropy(model(x), y) + reg(x, y, step=step)
             loss.backward()
-            values.append(float(loss))
+            values.append(loss.item())
             return loss
 
         optimizer.step(closure)

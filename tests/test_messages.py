@@ -337,6 +337,7 @@ graph.refuse_opaque(graph.operations(output, until=x))
 """
 
 
+@pytest.mark.slow
 def test_a_compiled_graph():
     """In a process of its own: other tests leave the compiler in a state of theirs."""
     found = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True, timeout=300)

@@ -345,6 +345,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.cpu("its processes compute on the CPU")
 def test_two_processes_are_one(tmp_path):
     code = SYNC.format(tests=str(Path(__file__).parent), store=str(tmp_path / "store"))

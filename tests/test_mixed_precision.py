@@ -120,6 +120,7 @@ def trained_in_single_precision(normalize):
     return trained(torch.float32, True, normalize)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shared", [False, True], ids=["plain", "shared"])
 @pytest.mark.parametrize("normalize", [True, False], ids=["batch norm", "no norm"])

@@ -54,6 +54,7 @@ def assert_same_gradients(value, model, expected, reference):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TIMM)
 def test_twenty_steps_with_smooth_activations(name):
     """The penalty is finite and falls."""
@@ -155,6 +156,7 @@ def test_hugging_face_image_models(name):
     assert output.loss.isfinite()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
 def test_auxiliary_outputs(name):
     """In training mode a named tuple, of which the logits are the first."""

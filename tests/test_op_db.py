@@ -25,6 +25,8 @@ from torch.utils._pytree import tree_flatten, tree_map
 from interpgrad import fast_double_backward
 from interpgrad.double_backward import _REPLACEMENTS
 
+pytestmark = pytest.mark.slow
+
 # What was compared at least, of a tenth of the samples: some two thirds of what torch 2.14 has.
 FLOORS = {
     "operators": {"functions": 100, "values": 700, "first derivatives": 350, "second derivatives": 350},

@@ -125,6 +125,7 @@ def metadata(dist):
         return email.message_from_bytes(archive.read(name))
 
 
+@pytest.mark.slow
 def test_wheel(dist):
     """It holds the package, the type marker and the licence, nothing else, and asks for torch alone."""
     (wheel,) = dist.glob("*.whl")
@@ -142,6 +143,7 @@ def test_wheel(dist):
     assert {each.partition(", ")[0] for each in found.get_all("Project-URL")} >= {"Repository", "Issues", "Changelog"}
 
 
+@pytest.mark.slow
 def test_source_distribution(dist):
     """It holds what its tests need."""
     (archive,) = dist.glob("*.tar.gz")
@@ -151,6 +153,7 @@ def test_source_distribution(dist):
         assert name in names
 
 
+@pytest.mark.slow
 def test_twine(dist):
     pytest.importorskip("twine")
     command = [sys.executable, "-m", "twine", "check", "--strict", *map(str, dist.iterdir())]
@@ -162,6 +165,7 @@ def test_twine(dist):
 LINKS = r"\]\(([^)\s]+)|^\[[^\]]+\]:\s*(\S+)|(?:src|href)=[\"']([^\"']+)"
 
 
+@pytest.mark.slow
 def test_the_long_description_has_no_relative_links(dist):
     """Each goes to a file of the repository, which is there; code is as it was."""
     readme, described = (ROOT / "README.md").read_text(), metadata(dist).get_payload(decode=True).decode()
@@ -179,6 +183,7 @@ def test_the_long_description_has_no_relative_links(dist):
     assert of_files
 
 
+@pytest.mark.slow
 def test_a_release_is_verified(dist, tmp_path):
     """As `make verify` does, with the wheel unpacked in the place of an installation; another version's tag fails."""
     (wheel,) = dist.glob("*.whl")

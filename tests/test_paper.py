@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-pytestmark = pytest.mark.cpu("the experiments choose their device")
+pytestmark = [pytest.mark.cpu("the experiments choose their device"), pytest.mark.slow]
 STUDY = Path(__file__).parent.parent / "benchmarks" / "studies" / "paper"
 pytest.importorskip("torchvision")
 pytest.importorskip("sklearn")

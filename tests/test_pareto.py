@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch.fx.experimental.proxy_tensor import make_fx
 
-pytestmark = pytest.mark.cpu("the examples choose their device")
+pytestmark = [pytest.mark.cpu("the examples choose their device"), pytest.mark.slow]
 ROOT = Path(__file__).parent.parent
 for name in ("sklearn", "torchvision", "tabulate"):
     pytest.importorskip(name)

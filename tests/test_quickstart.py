@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-pytestmark = pytest.mark.cpu("the examples choose their device")
+pytestmark = [pytest.mark.cpu("the examples choose their device"), pytest.mark.slow]
 ROOT = Path(__file__).parent.parent
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")

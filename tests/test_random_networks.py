@@ -3,6 +3,7 @@
 import copy
 
 import frozen_oracle as frozen
+import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -35,6 +36,7 @@ def decided_by_rounding(network, x, y, prepared):
     return relative_error(gradients_of(frozen.penalty(*others[:2], "cos"), other), expected, FLOOR) > 1e-9
 
 
+@pytest.mark.slow
 @settings(max_examples=max(200, settings().max_examples))
 @given(st.integers(0, 2**31))
 def test_random_networks(seed):

@@ -12,7 +12,7 @@ pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 import right_reasons  # noqa: E402
 
-pytestmark = pytest.mark.cpu("the example runs on the CPU")
+pytestmark = [pytest.mark.cpu("the example runs on the CPU"), pytest.mark.slow]
 
 
 def test_the_decoy_says_the_class_in_training_and_lies_in_the_test():

@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
-pytestmark = pytest.mark.cpu("the examples choose their device")
+pytestmark = [pytest.mark.cpu("the examples choose their device"), pytest.mark.slow]
 ROOT = Path(__file__).parent.parent
 
 # 7 batches of 4 an epoch: `every` 3 divides neither an epoch nor two of them.

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.slow
 pytest.importorskip("mypy")
 
 HEAD = """
