@@ -14,48 +14,24 @@ import shutil
 from pathlib import Path
 
 import loss_options  # +
+import photo_folders
 import torch
 import torch.nn.functional as F
 import torchvision
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from torch.utils.data import DataLoader
-from torchvision.transforms import v2
 from tqdm import tqdm
 
 from interpgrad import InterpretableGradientLoss  # +
 
 
-def loaders(data: Path, size: int, batch: int, workers: int) -> tuple[DataLoader, DataLoader]:
-    convert = [
-        v2.ToImage(),
-        v2.ToDtype(torch.float32, scale=True),
-        v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-    ]
-    augment = v2.Compose([v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(), *convert])
-    plain = v2.Compose([v2.Resize(size), v2.CenterCrop(size), *convert])
-    held_out = data / "val" if (data / "val").is_dir() else data / "test"
-    train, test = (torchvision.datasets.ImageFolder(*each) for each in ((data / "train", augment), (held_out, plain)))
-    settings = {"batch_size": batch, "num_workers": workers}
-    return DataLoader(train, shuffle=True, **settings), DataLoader(test, **settings)
-
-
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("data", type=Path)
-    parser.add_argument("--model", default="resnet18", help="of torchvision (%(default)s)")
-    parser.add_argument("--size", type=int, default=224, help="of the images (%(default)s)")
-    parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--batch-size", type=int, default=64, help="per process")
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--lr", type=float, default=0.05)
+    photo_folders.add_arguments(parser)
     parser.add_argument("--mixed-precision", choices=["no", "bf16", "fp16"], default="no")
     parser.add_argument("--grad-accum-steps", type=int, default=1)
     parser.add_argument("--cpu", action="store_true", help="even where there is a GPU")
-    parser.add_argument("--seed", type=int, default=42)
-    parser.add_argument("--output", type=Path, default=Path("output"))
     parser.add_argument("--resume", type=Path, help="a checkpoint, for instance OUTPUT/last")
-    parser.add_argument("--stop-after", type=int, help="epochs after which to stop, of all that are planned")
     loss_options.add_arguments(parser)  # +
     return parser.parse_args()
 
@@ -90,13 +66,13 @@ def main() -> None:
         mixed_precision=args.mixed_precision, gradient_accumulation_steps=args.grad_accum_steps, cpu=args.cpu
     )
     set_seed(args.seed)
-    train, test = loaders(args.data, args.size, args.batch_size, args.workers)
+    train, test = photo_folders.loaders(args.data, args.size, args.batch_size, args.workers)
     model = torchvision.models.get_model(args.model, weights=None, num_classes=len(train.dataset.classes))
     loss_options.check(model, args.size, args)  # +
     optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=0.9, weight_decay=1e-4)
     model, optimizer, train, test = accelerator.prepare(model, optimizer, train, test)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer.optimizer, args.lr, args.epochs * len(train))
-    reg = InterpretableGradientLoss(model, **loss_options.settings(args))  # +
+    reg = InterpretableGradientLoss.recipe(model, args.epochs * len(train), **loss_options.settings(args))  # +
     epochs = Epochs()
     accelerator.register_for_checkpointing(schedule, reg, epochs)  # + reg: the count of steps
     if args.resume:

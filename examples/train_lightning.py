@@ -9,18 +9,18 @@ DATA holds train/ and val/ (or test/), one folder of images per class.
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
 import lightning
 import loss_options  # +
+import photo_folders
 import torch
 import torch.nn.functional as F
 import torchvision
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor
-from torch.utils.data import DataLoader
-from torchvision.transforms import v2
 
 from interpgrad import InterpretableGradientLoss  # +
 
@@ -28,12 +28,12 @@ from interpgrad import InterpretableGradientLoss  # +
 class Classifier(lightning.LightningModule):
     """Cross-entropy plus the loss, in automatic optimization."""
 
-    def __init__(self, model: str, classes: int, lr: float, loss: dict[str, Any]) -> None:
+    def __init__(self, model: str, classes: int, lr: float, steps: int, loss: dict[str, Any]) -> None:
         super().__init__()
         self.save_hyperparameters(ignore="loss")
         self.lr = lr
         self.model = torchvision.models.get_model(model, weights=None, num_classes=classes)
-        self.reg = InterpretableGradientLoss(self.model, **loss)  # +
+        self.reg = InterpretableGradientLoss.recipe(self.model, steps, **loss)  # +
 
     def forward(self, x: Tensor) -> Tensor:
         return self.model(x)
@@ -63,37 +63,14 @@ class Classifier(lightning.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-def loaders(data: Path, size: int, batch: int, workers: int) -> tuple[DataLoader, DataLoader]:
-    convert = [
-        v2.ToImage(),
-        v2.ToDtype(torch.float32, scale=True),
-        v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-    ]
-    augment = v2.Compose([v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(), *convert])
-    plain = v2.Compose([v2.Resize(size), v2.CenterCrop(size), *convert])
-    held_out = data / "val" if (data / "val").is_dir() else data / "test"
-    train, test = (torchvision.datasets.ImageFolder(*each) for each in ((data / "train", augment), (held_out, plain)))
-    settings = {"batch_size": batch, "num_workers": workers}
-    return DataLoader(train, shuffle=True, **settings), DataLoader(test, **settings)
-
-
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("data", type=Path)
-    parser.add_argument("--model", default="resnet18", help="of torchvision (%(default)s)")
-    parser.add_argument("--size", type=int, default=224, help="of the images (%(default)s)")
-    parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--batch-size", type=int, default=64, help="per device")
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--lr", type=float, default=0.05)
+    photo_folders.add_arguments(parser)
     parser.add_argument("--devices", default="auto")
     parser.add_argument("--accelerator", default="auto")
     parser.add_argument("--strategy", default="auto", help="for instance ddp")
     parser.add_argument("--precision", default="32-true", help="for instance bf16-mixed, 16-mixed")
-    parser.add_argument("--seed", type=int, default=42)
-    parser.add_argument("--output", type=Path, default=Path("output"))
     parser.add_argument("--resume", help="a checkpoint, for instance OUTPUT/last.ckpt")
-    parser.add_argument("--stop-after", type=int, help="epochs after which to stop, of all that are planned")
     loss_options.add_arguments(parser)  # +
     return parser.parse_args()
 
@@ -121,9 +98,7 @@ class StopAfter(Callback):
 def main() -> None:
     args = arguments()
     lightning.seed_everything(args.seed, verbose=False)
-    train, test = loaders(args.data, args.size, args.batch_size, args.workers)
-    model = Classifier(args.model, len(train.dataset.classes), args.lr, loss_options.settings(args))
-    loss_options.check(model.model, args.size, args)  # +
+    train, test = photo_folders.loaders(args.data, args.size, args.batch_size, args.workers)
     trainer = lightning.Trainer(
         max_epochs=args.epochs,
         devices=args.devices if not args.devices.isdecimal() else int(args.devices),
@@ -138,6 +113,9 @@ def main() -> None:
             *([StopAfter(args.stop_after)] if args.stop_after else []),
         ],
     )
+    steps = args.epochs * math.ceil(len(train) / trainer.world_size)
+    model = Classifier(args.model, len(train.dataset.classes), args.lr, steps, loss_options.settings(args))
+    loss_options.check(model.model, args.size, args)  # +
     trainer.fit(model, train, test, ckpt_path=args.resume)
 
 

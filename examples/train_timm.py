@@ -1,6 +1,6 @@
 """A timm training loop with the interpretable gradient loss: what it adds is marked with # +.
 
-    python examples/train_timm.py DATA --model resnet18 --num-classes 10 --lam 0.3 --every 4 --low-pass --start 5000
+    python examples/train_timm.py DATA --model resnet18 --num-classes 10
     torchrun --nproc-per-node 8 examples/train_timm.py DATA --model resnet50 --amp bfloat16 --channels-last --mixup 0.2
 
 For any release of timm; from 1.0.27 on, its own train.py needs two changed lines instead, which
@@ -152,7 +152,8 @@ def main() -> None:
         model = DistributedDataParallel(model, device_ids=[args.device] if args.device.type == "cuda" else None)
     loss_fn = nn.BCEWithLogitsLoss() if args.bce_loss else SoftTargetCrossEntropy()
     compared = {"criterion": loss_fn} if args.bce_loss else {}  # + whose gradients
-    reg = InterpretableGradientLoss(model, **loss_options.settings(args) | compared)  # +
+    steps = args.epochs * len(train_loader)  # +
+    reg = InterpretableGradientLoss.recipe(model, steps, **loss_options.settings(args) | compared)  # +
 
     first = 0
     if args.resume:

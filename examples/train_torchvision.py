@@ -144,7 +144,7 @@ def main() -> None:
     whole = model
     if args.distributed:
         model = DistributedDataParallel(model, [torch.cuda.current_device()] if args.device.type == "cuda" else None)
-    reg = InterpretableGradientLoss(model, **loss_options.settings(args))  # +
+    reg = InterpretableGradientLoss.recipe(model, steps, **loss_options.settings(args))  # +
 
     stateful = {"model": whole, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
     stateful |= {"reg": reg} | ({"ema": ema} if ema else {})  # + "reg": the count of steps

@@ -1,5 +1,13 @@
 """The networks of the tests: small, hand-written, in float64."""
 
+import contextlib
+import io
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -202,3 +210,24 @@ class HidingPlaces(nn.Module):
         for conv, norm, rectify in zip(self.convs, self.norms, self.rectifiers, strict=True):
             h = rectify(norm(conv(x if isinstance(h, int) else h))) + 0.3 * h
         return self.head(h.flatten(1))
+
+
+def run_script(path, *arguments, cwd=None):
+    """A script in this process, with these arguments: what `subprocess.run` would return, without a new process."""
+    out, err, argv, here = io.StringIO(), io.StringIO(), sys.argv, Path.cwd()
+    threads, seed = torch.get_num_threads(), torch.get_rng_state()
+    sys.argv = [str(path), *map(str, arguments)]
+    code = 0
+    try:
+        os.chdir(cwd or here)
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            runpy.run_path(str(path), run_name="__main__")
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        err.write(stop.code if isinstance(stop.code, str) else "")
+    finally:
+        sys.argv = argv
+        os.chdir(here)
+        torch.set_num_threads(threads)
+        torch.set_rng_state(seed)
+    return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from nets import fsdp2_runs
+from nets import fsdp2_runs, run_script
 
 ROOT = Path(__file__).parent.parent
 pytest.importorskip("torchvision")
@@ -40,7 +40,9 @@ def test_rows_have_as_many_cells_as_their_headings(file):
 
 
 def run(*arguments, cwd, script="overhead.py"):
-    command = [sys.executable, str(ROOT / "benchmarks" / script), *map(str, arguments)]
+    if script != "scaling.py":
+        return run_script(ROOT / "benchmarks" / script, *arguments, cwd=cwd)
+    command = [sys.executable, str(ROOT / "benchmarks" / script), *map(str, arguments)]  # it starts processes
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=300)
 
 

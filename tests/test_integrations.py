@@ -1,5 +1,6 @@
 """The loss at trainers' own hooks: the gradients of the loop that one would write by hand."""
 
+import argparse
 import copy
 import csv
 import re
@@ -77,10 +78,11 @@ def test_the_two_lines_that_the_docstring_changes_in_timms_script():
     call = "task = ClassificationTask(\n  model=model,\n  criterion=loss_fn,\n  device=device,\n  verbose=False,\n)"
     assert call.startswith(timm_task.__doc__.partition("in place of: ")[2].splitlines()[0])
     names = {"model": small_net(), "loss_fn": nn.CrossEntropyLoss(), "device": torch.device("cpu")}
+    names |= {"args": argparse.Namespace(epochs=2), "loader_train": range(10)}
     exec(f"{added}\n{call.replace('task = ClassificationTask(', changed)}", names)
     assert isinstance(names["task"], timm.task.ClassificationTask)
     assert names["task"].reg.lam == 0.3
-    assert names["task"].reg.every == 4
+    assert names["task"].reg.start == 10
     names["task"](*data())["loss"].backward()
 
 

@@ -2,12 +2,11 @@
 
 import functools
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from nets import run_script
 
 pytestmark = [pytest.mark.cpu("the examples choose their device"), pytest.mark.slow]
 ROOT = Path(__file__).parent.parent
@@ -24,8 +23,7 @@ from PIL import Image  # noqa: E402
 
 
 def run(*arguments, cwd):
-    command = [sys.executable, str(ROOT / "examples" / "quickstart.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=300)
+    return run_script(ROOT / "examples" / "quickstart.py", *arguments, cwd=cwd)
 
 
 @pytest.fixture

@@ -50,7 +50,7 @@ def folder(tmp_path_factory):
 
 def command(name, folder, *arguments):
     script = str(ROOT / "examples" / f"train_{name}.py")
-    common = f"--batch-size 4 --workers 0 --lam 0.1 --every 3 {COMMON[name]}".split()
+    common = f"--batch-size 4 --workers 0 --lam 0.1 --every 3 --start-step 0 --warmup 0 {COMMON[name]}".split()
     return [sys.executable, "-W", "ignore", script, str(folder), *common, *arguments]
 
 

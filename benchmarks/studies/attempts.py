@@ -25,11 +25,12 @@ sys.path.append(str(Path(__file__).parents[2] / "examples"))
 from classifiers import Block, small_resnet
 from figures import evaluate
 from images import Images, photographs
-from training import PLAIN, Run, Setting, augment, one_cycle
+from training import PLAIN, RECIPE, Run, Setting, augment, one_cycle
 
 from interpgrad import InterpretableGradientLoss, saliency
 
 EPOCHS, BATCH, SEEDS = 8, 128, (0, 1, 2)
+IMAGES = 10_000
 LAST = 6  # the index of the last stage in small_resnet
 
 
@@ -122,6 +123,7 @@ ATTEMPTS = {
     "last stage guided, λ = 1": Attempt(STRONG, network=guided_in_last_stage),
     "gradient at the last stage": Attempt(BASE, AtLastStage),
     "gradient at the last stage, λ = 1": Attempt(STRONG, AtLastStage),
+    "recipe": Attempt(RECIPE),
     "towards its own 3x3 mean": Attempt(replace(BASE, error="own mean", low_pass=False)),
     "towards its own SmoothGrad": Attempt(BASE, TowardsSmoothGrad),
     "twice as long, without": Attempt(PLAIN, epochs=2 * EPOCHS),
@@ -132,14 +134,17 @@ ATTEMPTS = {
 }
 
 
-def measure(name: str, data: Path, device: str, seed: int) -> dict[str, Any]:
-    """Both gradients' figures of one trained network, and what averaging adds on a few images."""
+def measure(name: str, data: Path, count: int, device: str, seed: int) -> dict[str, Any]:
+    """Both gradients' figures of one trained network, and what averaging adds on a few images.
+
+    Of fewer images than usual there are so many epochs that there are as many steps.
+    """
     attempt = ATTEMPTS[name]
-    images = photographs(data, 10_000, 2_000).to(device)
+    images = photographs(data, count, 2_000).to(device)
     x, y = images.train
     torch.manual_seed(seed)
     model = attempt.network(small_resnet(len(images.classes))).to(device, memory_format=torch.channels_last)
-    steps = attempt.epochs * (len(x) // BATCH)
+    steps = attempt.epochs * (IMAGES // BATCH)
     runs = [one_cycle(attempt.setting, model, steps, kind=attempt.kind)]
     if attempt.finetuned:
         runs = [one_cycle(PLAIN, model, steps), one_cycle(attempt.setting, model, steps, lr=0.02)]
@@ -147,7 +152,8 @@ def measure(name: str, data: Path, device: str, seed: int) -> dict[str, Any]:
     for run in runs:
         model.train()
         while run.done < steps:
-            for chosen in torch.randperm(len(x), generator=generator).split(BATCH)[: len(x) // BATCH]:
+            batches = torch.randperm(len(x), generator=generator).split(BATCH)[: len(x) // BATCH]
+            for chosen in batches[: steps - run.done]:
                 run.step(augment(x[chosen], generator), y[chosen])
     trained = small_resnet(len(images.classes)).to(device)  # guided everywhere, however it was trained
     trained.load_state_dict(model.state_dict())
@@ -162,11 +168,14 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with train/ and test/")
     parser.add_argument("--json", type=Path, required=True, help="results, added to after every network")
     parser.add_argument("--names", nargs="+", choices=ATTEMPTS, default=list(ATTEMPTS), help="(all, in this order)")
+    parser.add_argument("--images", type=int, default=IMAGES, help="of training (%(default)s)")
     parser.add_argument("--jobs", type=int, help="processes (one per core)")
     parser.add_argument("--device", default="cpu", help="(%(default)s)")
     options = parser.parse_args()
-    todo = [(name, seed, (name, options.data, options.device)) for seed in SEEDS for name in options.names]
-    run_missing(options.json, todo, measure, options.jobs, {"epochs": EPOCHS, "images": 10_000})
+    todo = [
+        (name, seed, (name, options.data, options.images, options.device)) for seed in SEEDS for name in options.names
+    ]
+    run_missing(options.json, todo, measure, options.jobs, {"epochs": EPOCHS, "images": options.images})
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     from interpgrad.integrations.timm import RegularizedTask              # added to the imports
 
-    task = RegularizedTask({"lam": 0.3, "every": 4},                      # in place of: task = ClassificationTask(
+    task = RegularizedTask({"steps": args.epochs * len(loader_train)},    # in place of: task = ClassificationTask(
         model=model,
 
 The loss is called once for each batch, also of those whose gradients are accumulated.
@@ -35,7 +35,7 @@ class RegularizedTask(ClassificationTask):
     shared, but after `task.compile()`: a compiled graph has no double backward, so the loss makes its own.
 
     Args:
-        settings: arguments of `InterpretableGradientLoss` beside the model.
+        settings: arguments of `InterpretableGradientLoss` beside the model; with "steps" among them, of its `recipe`.
         model: the model to train.
         arguments: and
         named: further ones of `ClassificationTask`.
@@ -46,7 +46,8 @@ class RegularizedTask(ClassificationTask):
 
     def __init__(self, settings: Mapping[str, Any], model: nn.Module, *arguments: Any, **named: Any) -> None:
         super().__init__(model, *arguments, **named)
-        self.reg = InterpretableGradientLoss(model, **settings)
+        make = InterpretableGradientLoss.recipe if "steps" in settings else InterpretableGradientLoss
+        self.reg = make(model, **settings)
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:  # noqa: A002
         """As timm's: {"loss", "output"}, of images (N, C, H, W) and targets."""
