@@ -39,6 +39,11 @@ def test_no_two_files_have_one_name():
     assert {each for each in names if names.count(each) > 1} <= {"__init__.py", "__main__.py"}
 
 
+def test_pictures_are_small():
+    for path in (ROOT / "docs" / "images").iterdir():
+        assert path.stat().st_size < 150_000, path
+
+
 def read(path):
     content = yaml.safe_load(path.read_text())
     return {"on" if key is True else key: value for key, value in content.items()}  # YAML takes on for true
