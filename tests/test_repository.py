@@ -186,11 +186,13 @@ def test_bugs_come_with_their_environment():
 
 
 def test_the_address_of_the_repository_is_in_one_file():
+    """But for the README's first command, which is the same."""
     address = PROJECT["urls"]["Repository"]
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split()
     for name in tracked or pytest.skip("no clone"):
-        if name != "pyproject.toml" and (ROOT / name).exists():
+        if name not in ("pyproject.toml", "README.md") and (ROOT / name).exists():
             assert address.encode() not in (ROOT / name).read_bytes(), name
+    assert (ROOT / "README.md").read_text().count(address) == 1
     found = re.findall(r"https://github\.com/[\w-]+/[\w-]+", (ROOT / "pyproject.toml").read_text())
     assert set(found) == {address}
 
