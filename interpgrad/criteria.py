@@ -1,12 +1,12 @@
-"""The object C whose input gradients are compared, by its derivative v at the logits z: delta = J^T v.
+"""The criterion C whose input gradients are compared, by its derivative v at the logits z: delta = J^T v.
 
 Constant v: "log_prob", v = e_y - p, and "logit", v = e_y, where p is the softmax of z and e_y the target's indicator,
 or its probabilities. A penalty on delta then shapes how evidence flows to the logits, and not how sure the network is.
 
 Differentiated v: "cross_entropy", v = p - e_y, as in Algorithm 1 of Torres et al., arXiv 2404.15024, and callables.
 
-Guided backpropagation is not odd: the guided gradient of the log-probability follows the evidence for the target, the
-one of the cross-entropy, its negative, the evidence for the other classes.
+Guided backpropagation is not odd. The guided gradient of the log-probability follows the evidence for the target. The
+one of the cross-entropy, its negative, follows the evidence for the other classes.
 
 Shapes: logits and v (N, C), y (N,) class indices or (N, C) probabilities; further dimensions follow C. One logit z for
 each image, (N, 1) or (N,), counts as two, -z/2 and z/2, and y is then 0 or 1, or the probability of 1.
@@ -166,8 +166,8 @@ def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
     """Cross-entropy summed, not averaged: a sample's gradient must not depend on the size of its batch.
 
     For class indices it is written as log(1 + sum_{c != y} exp(z_c - z_y)). `F.cross_entropy` has the same
-    value, but p_y - 1 in its gradient cancels: in single precision the target's logit drops out of the
-    gradient of every sample with p_y > 1 - 6e-8, and the direction of what is left is another one.
+    value, but p_y - 1 in its gradient cancels. In single precision the target's logit then drops out of the
+    gradient of every sample with p_y > 1 - 6e-8. What is left has another direction.
     """
     logits = at_least_single(logits)
     if y.is_floating_point() or logits.dim() != 2 or logits.shape[1] == 1:

@@ -80,8 +80,8 @@ def forward_without_trace(
 ) -> Forward:
     """A forward pass of its own.
 
-    It reads and writes clones of the buffers, so batch norm does not count the batch twice, and the random
-    state is restored, so the training loop draws the numbers it would have drawn.
+    It reads and writes clones of the buffers, so batch norm does not count the batch twice. The random state is
+    restored, so the training loop draws the numbers it would have drawn.
     """
     module = unwrap(model)
     _refuse_unusable(module)

@@ -4,11 +4,11 @@ Source: Springenberg et al., "Striving for Simplicity: The All Convolutional Net
 activation the gradient arriving from above is clamped to >= 0 before it is multiplied by the activation's
 own derivative.
 
-Why on the graph, and not on modules or functions: however an activation was called (module, function,
-method, in place, made inside forward, inside an ATen composite, under checkpointing, on another thread), it
-leaves one node, and the gradient that reaches this node is the gradient from above, summed over all its
-consumers. The forward pass runs PyTorch's own kernels, and without the hooks nothing is left of guided
-backpropagation: neither the standard nor the double backward can see it.
+Why on the graph, and not on modules or functions: every activation leaves one node, however it was called. It may be a
+module, a function or a method, in place, made inside forward, inside an ATen composite, under checkpointing, on another
+thread. The gradient that reaches its node is the gradient from above, summed over all its consumers. The forward pass
+runs PyTorch's own kernels. Without the hooks nothing is left of guided backpropagation: neither the standard nor the
+double backward can see it.
 """
 
 from __future__ import annotations

@@ -83,8 +83,8 @@ class InterpretableGradientLoss(nn.Module):
     is wrong with the model or the settings is named before the first epoch. It leaves no trace either. After
     `shared_forward()` that is a plain call with two images.
 
-    The extra forward pass of a plain call gives back buffers, modes and random states, but for buffers that it made,
-    such as a table for the size of the images. It cannot take back what a model or its hooks write elsewhere: lists,
+    The extra forward pass of a plain call gives back buffers, modes and random states. Buffers that it made stay, such
+    as a table for the size of the images. It cannot take back what a model or its hooks write elsewhere: lists,
     counters, attributes. With `shared_forward()` there is no extra pass. Hooks of modules run in inner passes, too.
     Threads that use one model here wait for each other. The model's own forward pass must not run on another meanwhile.
 

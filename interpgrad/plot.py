@@ -32,8 +32,8 @@ def gradients(
 ) -> Figure:
     """Images beside their gradients: one row per image, one column per gradient.
 
-    Each gradient is summed over the colours and scaled to unit norm, since a sure network's are small everywhere and
-    all we ask is where they lie; one colour scale serves the whole figure, centred at 0.
+    Each gradient is summed over the colours and scaled to unit norm: a sure network's are small everywhere. One colour
+    scale serves the whole figure, centred at 0.
 
     Args:
         images: (N, 3, H, W) or (N, 1, H, W) in [0, 1].

@@ -286,8 +286,11 @@ def _afterwards(study: _Study, name: str) -> list[str]:
 
 
 def _about_pareto(stored: dict[str, Any]) -> str:
+    network = {"resnet18": f"ResNet-18 of width {stored.get('width', 0):g}"}.get(
+        stored.get("architecture"), "Small ResNet"
+    )
     return (
-        f"Small ResNet, {stored['images']:,} images of CIFAR-10, {stored['epochs']} epochs; accuracy on 10,000 test "
+        f"{network}, {stored['images']:,} images of CIFAR-10, {stored['epochs']} epochs; accuracy on 10,000 test "
         f"images, maps of {stored['examined']}. Gradients of the log-probability; {stored['protocol']}. "
         f"torch {stored['torch']}. *{PLAIN_NETWORK}*: mean ± standard deviation over seeds; others: of the paired "
         "differences to it."
@@ -332,6 +335,7 @@ TABLES = {
     ("docs/evidence/photographs-maps.md", "resnet18-maps"): (cifar10_maps, "cifar10-resnet18.json"),
     ("docs/evidence/attempts.md", "attempts"): (attempts, "attempts.json"),
     ("docs/evidence/pareto-all.md", "pareto"): (pareto, "pareto.json"),
+    ("docs/evidence/pareto-all.md", "resnet18"): (pareto, "pareto-resnet18.json"),
     ("docs/evidence/pareto.md", "half"): (pareto_equal(0.005), "pareto.json"),
     ("docs/evidence/pareto.md", "one"): (pareto_equal(0.01), "pareto.json"),
     ("docs/evidence/pareto-all.md", "whole"): (pareto, "pareto-whole.json"),

@@ -1,9 +1,9 @@
 """Class activation maps: channels of a layer, weighted, summed, rectified and scaled to [0, 1].
 
 N images (C, H, W), K channels A of a layer's output (h, w each), y the target's logit, G = dy / dA. The map is
-ReLU(sum_k w_k A_k), resized to (H, W) by bilinear interpolation and scaled to [0, 1] for each image (a map that is
-constant up to rounding becomes 0). Most methods are a weight w (N, K) for the channels, some one for each position. Any
-factor that an image's weights share is lost in the scaling. Volumes (C, D, H, W) have maps (D, H, W).
+ReLU(sum_k w_k A_k). It is resized to (H, W) by bilinear interpolation and scaled to [0, 1] for each image. A map that
+is constant up to rounding becomes 0. Most methods have a weight w (N, K) for each channel, some one for each position.
+Any factor that an image's weights share is lost in the scaling. Volumes (C, D, H, W) have maps (D, H, W).
 
 All functions take
 
@@ -17,10 +17,14 @@ All functions take
     chunk_size    at most so many images (Ablation-CAM, Score-CAM: changed copies of images) at once; None is all
     model_kwargs  further arguments of the model by name, as of `saliency.gradient`
 
-return maps (N, H, W), and raise ValueError or TypeError for a layer that is none of the model's or whose output is not
-(N, K, h, w), for a target that is no class, for x that is no batch of finite floating point images, for a map with NaN
-or infinity, for a tensor of model_kwargs without a row for each image; RuntimeError for a layer that was not reached or
-called twice.
+return maps (N, H, W). They raise ValueError or TypeError for
+
+    a layer that is none of the model's, or whose output is not (N, K, h, w)
+    a target that is no class
+    x that is no batch of finite floating point images, a map with NaN or infinity
+    a tensor of model_kwargs without a row for each image
+
+and RuntimeError for a layer that was not reached or called twice.
 """
 
 from __future__ import annotations
