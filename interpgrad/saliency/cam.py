@@ -29,9 +29,8 @@ and RuntimeError for a layer that was not reached or called twice.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ParamSpec
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -45,41 +44,101 @@ from interpgrad.saliency.ablation import ablated_scores, in_chunks
 from interpgrad.saliency.gradient_maps import chunks, guided_gradient
 from interpgrad.saliency.layer import Layer, Reshape
 
-_IMAGES = 64  # at once through the whole network, where the copies run through its end only
 _MODES = {4: "bilinear", 5: "trilinear"}
 
 Layers = nn.Module | str | Sequence[nn.Module | str]
-_P = ParamSpec("_P")
 
 
-def _of_each_layer(cam: Callable[_P, Tensor]) -> Callable[_P, Tensor]:
-    """The same with the mean over several layers, where these are in a list."""
+class Cam(Protocol):
+    """A class activation map, as a type checker knows it."""
 
-    @functools.wraps(cam)
-    def averaged(*args: _P.args, **kwargs: _P.kwargs) -> Tensor:
-        layers: Any = kwargs.get("layer") if len(args) < 3 else args[2]
-        if not isinstance(layers, (list, tuple)):
-            return cam(*args, **kwargs)
-        if not layers:
-            raise ValueError("expected at least one layer, got an empty list.")
-        one: Any = cam
-        options = {name: value for name, value in kwargs.items() if name != "layer"}
-        return _scale(torch.stack([one(*args[:2], each, *args[3:], **options) for each in layers]).mean(0))
+    __name__: str
 
-    return averaged
+    def __call__(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        layer: Layers,
+        target: Any = None,
+        *,
+        reshape: Reshape | None = None,
+        chunk_size: int | None = ...,
+        model_kwargs: Mapping[str, Any] | None = None,
+    ) -> Tensor:
+        """See the module."""
 
 
-@_of_each_layer
-def grad_cam(
-    model: nn.Module,
-    x: Tensor,
-    layer: Layers,
-    target: Any = None,
-    *,
-    reshape: Reshape | None = None,
-    chunk_size: int | None = None,
-    model_kwargs: Mapping[str, Any] | None = None,
-) -> Tensor:
+# Of one layer and some images and their targets: maps (N, H, W) before they are scaled.
+_Maps = Callable[[Layer, Inputs, Any, int | None], Tensor]
+
+
+def _cam(maps: _Maps, own: Any, size: int | None, most: int | None, *, gradients: bool) -> Cam:
+    """The function for users, of the name and documentation of `own`: chunks of images, several layers, scaling.
+
+    `size` is its default of chunk_size; at `most` so many images come at once, whatever that is.
+    """
+
+    def cam(
+        model: nn.Module,
+        x: Tensor,
+        layer: Layers,
+        target: Any = None,
+        *,
+        reshape: Reshape | None = None,
+        chunk_size: int | None = size,
+        model_kwargs: Mapping[str, Any] | None = None,
+    ) -> Tensor:
+        if isinstance(layer, (list, tuple)):
+            if not layer:
+                raise ValueError("expected at least one layer, got an empty list.")
+            options: dict[str, Any] = {"reshape": reshape, "chunk_size": chunk_size, "model_kwargs": model_kwargs}
+            return _scale(torch.stack([cam(model, x, each, target, **options) for each in layer]).mean(0))
+        probe, inputs = _prepare(model, x, layer, reshape, model_kwargs)
+        at_once = most if chunk_size is None else min(chunk_size, most or chunk_size)
+        with evaluation_mode(probe.model, gradients=gradients):
+            parts = [maps(probe, images, given, chunk_size) for images, given in chunks(inputs, target, at_once)]
+        return _scale(torch.cat(parts))
+
+    cam.__name__ = cam.__qualname__ = own.__name__
+    cam.__doc__ = own.__doc__
+    return cam
+
+
+def _of_gradients(combined: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Cam:
+    """A map of A and G, (N, K, h, w) both: a function that makes `_weighted` or `_summed` of them."""
+
+    def maps(probe: Layer, images: Inputs, given: Any, _: int | None) -> Tensor:
+        leaf = torch.empty(0)
+
+        def begin_graph(output: Tensor) -> Tensor:
+            nonlocal leaf
+            leaf = output.detach().requires_grad_()
+            return leaf.clone()  # what follows may work in place
+
+        logits = probe.run(images, begin_graph)
+        classes = classes_to_explain(given, logits)
+        score = logits.gather(1, classes[:, None]).sum()
+        gradient = None
+        if score.requires_grad:
+            (gradient,) = torch.autograd.grad(score, leaf, allow_unused=True)
+        if gradient is None:
+            raise RuntimeError(
+                f"expected a layer on the way to the logits, got {probe.name!r}, from which none comes: choose one "
+                "that they depend on."
+            )
+        with torch.no_grad(), without_autocast(leaf.device):
+            return _map(*combined(probe.channels(leaf), probe.channels(gradient)), images)
+
+    return _cam(maps, combined, None, None, gradients=True)
+
+
+def _of_scores(size: int, most: int | None = None) -> Callable[[_Maps], Cam]:
+    """A map of the scores of changed images."""
+    return lambda maps: _cam(maps, maps, size, most, gradients=False)
+
+
+@_of_gradients
+def grad_cam(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     """Grad-CAM: w_k is the mean of G_k.
 
     Source: Selvaraju et al., arXiv 1610.02391, equation 1. Arguments and errors: see the module.
@@ -88,21 +147,11 @@ def grad_cam(
     >>> grad_cam(model, torch.randn(2, 3, 8, 8), layer="1").shape
     torch.Size([2, 8, 8])
     """
-    probe, inputs = _prepare(model, x, layer, reshape, model_kwargs)
-    return _from_gradients(lambda a, g: _weighted(_over(g).mean(2), a), probe, inputs, target, chunk_size)
+    return _weighted(_over(g).mean(2), a)
 
 
-@_of_each_layer
-def grad_cam_pp(
-    model: nn.Module,
-    x: Tensor,
-    layer: Layers,
-    target: Any = None,
-    *,
-    reshape: Reshape | None = None,
-    chunk_size: int | None = None,
-    model_kwargs: Mapping[str, Any] | None = None,
-) -> Tensor:
+@_of_gradients
+def grad_cam_pp(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     """Grad-CAM++: w_k is the sum of alpha ReLU(G_k), with alpha = G² / (2 G² + G³ sum(A_k)).
 
     This is the paper's alpha for exp(y) in the place of the score. Where G is not 0 it is 1 / (2 + G sum(A_k)), which
@@ -114,28 +163,14 @@ def grad_cam_pp(
     >>> grad_cam_pp(model, torch.randn(2, 3, 8, 8), layer="1").shape
     torch.Size([2, 8, 8])
     """
-
-    def summed(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-        g = _over(g)
-        denominator = 2 + g * _over(a).sum(2, keepdim=True)
-        alpha = torch.where(denominator == 0, g.square(), 1 / denominator)
-        return _weighted((alpha * g.clamp(min=0)).sum(2), a)
-
-    probe, inputs = _prepare(model, x, layer, reshape, model_kwargs)
-    return _from_gradients(summed, probe, inputs, target, chunk_size)
+    g = _over(g)
+    denominator = 2 + g * _over(a).sum(2, keepdim=True)
+    alpha = torch.where(denominator == 0, g.square(), 1 / denominator)
+    return _weighted((alpha * g.clamp(min=0)).sum(2), a)
 
 
-@_of_each_layer
-def axiom_cam(
-    model: nn.Module,
-    x: Tensor,
-    layer: Layers,
-    target: Any = None,
-    *,
-    reshape: Reshape | None = None,
-    chunk_size: int | None = None,
-    model_kwargs: Mapping[str, Any] | None = None,
-) -> Tensor:
+@_of_gradients
+def axiom_cam(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     """Axiom-based Grad-CAM (XGrad-CAM): w_k is the sum of G_k A_k / sum(A_k), 0 where sum(A_k) is.
 
     Source: Fu et al., arXiv 2008.02312, equation 8. Arguments and errors: see the module.
@@ -144,26 +179,12 @@ def axiom_cam(
     >>> axiom_cam(model, torch.randn(2, 3, 8, 8), layer="1").shape
     torch.Size([2, 8, 8])
     """
-
-    def summed(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-        total = _over(a).sum(2)
-        return _weighted(torch.where(total == 0, 0, _over(g * a).sum(2) / total), a)
-
-    probe, inputs = _prepare(model, x, layer, reshape, model_kwargs)
-    return _from_gradients(summed, probe, inputs, target, chunk_size)
+    total = _over(a).sum(2)
+    return _weighted(torch.where(total == 0, 0, _over(g * a).sum(2) / total), a)
 
 
-@_of_each_layer
-def hires_cam(
-    model: nn.Module,
-    x: Tensor,
-    layer: Layers,
-    target: Any = None,
-    *,
-    reshape: Reshape | None = None,
-    chunk_size: int | None = None,
-    model_kwargs: Mapping[str, Any] | None = None,
-) -> Tensor:
+@_of_gradients
+def hires_cam(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     """HiResCAM: the sum of G_k A_k, position by position.
 
     Source: Draelos and Carin, arXiv 2011.08891, equation 4. Arguments and errors: see the module.
@@ -172,21 +193,11 @@ def hires_cam(
     >>> hires_cam(model, torch.randn(2, 3, 8, 8), layer="1").shape
     torch.Size([2, 8, 8])
     """
-    probe, inputs = _prepare(model, x, layer, reshape, model_kwargs)
-    return _from_gradients(lambda a, g: _summed(g * a), probe, inputs, target, chunk_size)
+    return _summed(g * a)
 
 
-@_of_each_layer
-def layer_cam(
-    model: nn.Module,
-    x: Tensor,
-    layer: Layers,
-    target: Any = None,
-    *,
-    reshape: Reshape | None = None,
-    chunk_size: int | None = None,
-    model_kwargs: Mapping[str, Any] | None = None,
-) -> Tensor:
+@_of_gradients
+def layer_cam(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     """LayerCAM: the sum of ReLU(G_k) A_k, position by position; also for early layers, whose maps are fine.
 
     Source: Jiang et al., IEEE Transactions on Image Processing 2021, equations 6 and 7. Arguments and errors: see the
@@ -196,21 +207,11 @@ def layer_cam(
     >>> layer_cam(model, torch.randn(2, 3, 8, 8), layer=["0", "1"]).shape
     torch.Size([2, 8, 8])
     """
-    probe, inputs = _prepare(model, x, layer, reshape, model_kwargs)
-    return _from_gradients(lambda a, g: _summed(g.clamp(min=0) * a), probe, inputs, target, chunk_size)
+    return _summed(g.clamp(min=0) * a)
 
 
-@_of_each_layer
-def eigen_cam(
-    model: nn.Module,
-    x: Tensor,
-    layer: Layers,
-    target: Any = None,
-    *,
-    reshape: Reshape | None = None,
-    chunk_size: int | None = None,
-    model_kwargs: Mapping[str, Any] | None = None,
-) -> Tensor:
+@_of_gradients
+def eigen_cam(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ARG001
     """Eigen-CAM: w is the first right singular vector of A as a matrix of positions by channels.
 
     It explains the layer, not a class: `target` changes nothing. Of both signs of w the one is taken whose map has the
@@ -222,29 +223,14 @@ def eigen_cam(
     >>> eigen_cam(model, torch.randn(2, 3, 8, 8), layer="1").shape
     torch.Size([2, 8, 8])
     """
-    probe, inputs = _prepare(model, x, layer, reshape, model_kwargs)
-    maps = []
-    with evaluation_mode(model, gradients=False):
-        for images, given in chunks(inputs, target, chunk_size):
-            a, _, _ = _read(probe, images, given)
-            finite = _over(a).nan_to_num(0, 0, 0)  # the map of what is not has NaN, and is refused
-            direction = torch.linalg.svd(finite.transpose(1, 2), full_matrices=False).Vh[:, 0]
-            sign = torch.where((finite.sum(2) * direction).sum(1, keepdim=True) < 0, -1, 1)
-            maps.append(_map(*_weighted(sign * direction, a), images))
-    return _scale(torch.cat(maps))
+    finite = _over(a).nan_to_num(0, 0, 0)  # the map of what is not has NaN, and is refused
+    direction = torch.linalg.svd(finite.transpose(1, 2), full_matrices=False).Vh[:, 0]
+    sign = torch.where((finite.sum(2) * direction).sum(1, keepdim=True) < 0, -1, 1)
+    return _weighted(sign * direction, a)
 
 
-@_of_each_layer
-def score_cam(
-    model: nn.Module,
-    x: Tensor,
-    layer: Layers,
-    target: Any = None,
-    *,
-    reshape: Reshape | None = None,
-    chunk_size: int | None = 64,
-    model_kwargs: Mapping[str, Any] | None = None,
-) -> Tensor:
+@_of_scores(64)
+def score_cam(probe: Layer, images: Inputs, given: Any, chunk_size: int | None) -> Tensor:
     """Score-CAM: w is the softmax over k of the target's logit for x times A_k, resized and scaled to [0, 1].
 
     A constant A_k (a dead channel, for a ReLU) scales to 0: the black image, whose logits are computed once for the
@@ -256,35 +242,21 @@ def score_cam(
     >>> score_cam(model, torch.randn(2, 3, 8, 8), layer="1").shape
     torch.Size([2, 8, 8])
     """
-    probe, inputs = _prepare(model, x, layer, reshape, model_kwargs)
-    maps = []
-    with evaluation_mode(model, gradients=False):
-        for images, given in chunks(inputs, target, chunk_size):
-            a, classes, _ = _read(probe, images, given)
-            black = images if images.differ_beside_x else images[:1]
-            of_black = probe.run(black.with_images(torch.zeros_like(black.x)), lambda _: None)
-            scores = of_black.expand(len(images), -1).gather(1, classes[:, None]).repeat(1, a.shape[1])
-            varying = ~_is_constant(_over(a), _over(a).abs().amax(2))
-            for of_image, channel in in_chunks(varying.nonzero(), chunk_size):
-                copies = images[of_image]
-                masks = _scaled(_resize(a[of_image, channel], x))[:, None]
-                logits = probe.run(copies.with_images(copies.x * masks.to(x.dtype)), lambda _: None)
-                scores[of_image, channel] = logits.gather(1, classes[of_image, None]).squeeze(1).to(scores.dtype)
-            maps.append(_map(*_weighted(scores.softmax(1), a), images))
-    return _scale(torch.cat(maps))
+    a, classes, _ = _read(probe, images, given)
+    black = images if images.differ_beside_x else images[:1]
+    of_black = probe.run(black.with_images(torch.zeros_like(black.x)), lambda _: None)
+    scores = of_black.expand(len(images), -1).gather(1, classes[:, None]).repeat(1, a.shape[1])
+    varying = ~_is_constant(_over(a), _over(a).abs().amax(2))
+    for of_image, channel in in_chunks(varying.nonzero(), chunk_size):
+        copies = images[of_image]
+        masks = _scaled(_resize(a[of_image, channel], images.x))[:, None]
+        logits = probe.run(copies.with_images(copies.x * masks.to(copies.x.dtype)), lambda _: None)
+        scores[of_image, channel] = logits.gather(1, classes[of_image, None]).squeeze(1).to(scores.dtype)
+    return _map(*_weighted(scores.softmax(1), a), images)
 
 
-@_of_each_layer
-def ablation_cam(
-    model: nn.Module,
-    x: Tensor,
-    layer: Layers,
-    target: Any = None,
-    *,
-    reshape: Reshape | None = None,
-    chunk_size: int | None = 512,
-    model_kwargs: Mapping[str, Any] | None = None,
-) -> Tensor:
+@_of_scores(512, most=64)
+def ablation_cam(probe: Layer, images: Inputs, given: Any, chunk_size: int | None) -> Tensor:
     """Ablation-CAM: w_k is by how much y drops when A_k is set to 0.
 
     The paper divides the drop by y. For y > 0 that is lost in the scaling; for y < 0 it would turn the map into that
@@ -298,16 +270,11 @@ def ablation_cam(
     >>> ablation_cam(model, torch.randn(2, 3, 8, 8), layer="1").shape
     torch.Size([2, 8, 8])
     """
-    probe, inputs = _prepare(model, x, layer, reshape, model_kwargs)
-    maps = []
-    with evaluation_mode(model, gradients=False):
-        for images, given in chunks(inputs, target, _IMAGES if chunk_size is None else min(chunk_size, _IMAGES)):
-            a, classes, score = _read(probe, images, given)
-            alive = a.flatten(2).any(2)
-            ablated = score[:, None].expand(alive.shape).clone()
-            ablated[alive] = ablated_scores(probe, images, classes, score, alive.nonzero(), chunk_size)
-            maps.append(_map(*_weighted(score[:, None] - ablated, a), images))
-    return _scale(torch.cat(maps))
+    a, classes, score = _read(probe, images, given)
+    alive = a.flatten(2).any(2)
+    ablated = score[:, None].expand(alive.shape).clone()
+    ablated[alive] = ablated_scores(probe, images, classes, score, alive.nonzero(), chunk_size)
+    return _map(*_weighted(score[:, None] - ablated, a), images)
 
 
 def guided_grad_cam(
@@ -334,8 +301,8 @@ def guided_grad_cam(
 
 xgrad_cam = axiom_cam  # its other name
 
-_CAMS: tuple[Any, ...] = (grad_cam, grad_cam_pp, score_cam, ablation_cam, axiom_cam, hires_cam, layer_cam, eigen_cam)
-CAMS: dict[str, Callable[..., Tensor]] = {cam.__name__: cam for cam in _CAMS}
+_CAMS = (grad_cam, grad_cam_pp, score_cam, ablation_cam, axiom_cam, hires_cam, layer_cam, eigen_cam)
+CAMS: dict[str, Cam] = {cam.__name__: cam for cam in _CAMS}
 
 
 def scale(maps: Tensor) -> Tensor:
@@ -386,42 +353,6 @@ def _prepare(
         raise ValueError(f"expected x to be images (N, C, H, W), or (N, C, D, H, W), got shape {tuple(x.shape)}.")
     check_finite(x)
     return Layer(model, layer, reshape, x.shape[2:]), Inputs(x.detach(), model_kwargs)
-
-
-def _from_gradients(
-    combined: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
-    probe: Layer,
-    inputs: Inputs,
-    target: Any,
-    chunk_size: int | None,
-) -> Tensor:
-    """Maps of A and G, (N, K, h, w) both."""
-    maps = []
-    with evaluation_mode(probe.model, gradients=True):
-        for images, given in chunks(inputs, target, chunk_size):
-            leaf = torch.empty(0)
-
-            def begin_graph(output: Tensor) -> Tensor:
-                nonlocal leaf
-                leaf = output.detach().requires_grad_()
-                return leaf.clone()  # what follows may work in place
-
-            logits = probe.run(images, begin_graph)
-            classes = classes_to_explain(given, logits)
-            score = logits.gather(1, classes[:, None]).sum()
-            gradient = None
-            if score.requires_grad:
-                (gradient,) = torch.autograd.grad(score, leaf, allow_unused=True)
-            if gradient is None:
-                raise RuntimeError(
-                    f"expected a layer on the way to the logits, got {probe.name!r}, from which none comes: choose one "
-                    "that they depend on."
-                )
-            with torch.no_grad():
-                a, g = probe.channels(leaf), probe.channels(gradient)
-                with without_autocast(a.device):
-                    maps.append(_map(*combined(a, g), images))
-    return _scale(torch.cat(maps))
 
 
 def _read(probe: Layer, images: Inputs, given: Any) -> tuple[Tensor, Tensor, Tensor]:
