@@ -69,17 +69,19 @@ def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m interpgrad", description="Explain a photograph.")
     command = parser.add_subparsers(required=True, metavar="explain").add_parser(
-        "explain", help="a saliency map over a photograph", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        "explain", help="a saliency map over a photograph; published weights are downloaded once"
     )
     command.add_argument("image", help="a photograph")
     command.add_argument("--model", required=True, help="name of a classifier of torchvision or timm")
     command.add_argument("--weights", metavar="FILE", help="a state_dict, in the place of the published weights")
     command.add_argument("--classes", type=int, help="of the weights in the file, if not as many as the published ones")
-    command.add_argument("--map", choices=[*saliency.CAMS, *GRADIENTS], default="grad_cam", help="the method")
+    command.add_argument(
+        "--map", choices=[*saliency.CAMS, *GRADIENTS], default="grad_cam", help="the method (%(default)s)"
+    )
     command.add_argument("--layer", help="of a class activation map, if not the last with positions")
     command.add_argument("--class", dest="label", type=int, help="the class to explain, if not the predicted one")
     command.add_argument("--size", type=int, help="the photograph's middle, as a square of so many pixels")
-    command.add_argument("--opacity", type=float, default=0.6, help="of the map, in [0, 1]")
+    command.add_argument("--opacity", type=float, default=0.6, help="of the map, in [0, 1] (%(default)s)")
     command.add_argument("-o", "--output", type=Path, required=True, help="the picture")
     try:
         print(explain(parser.parse_args()))

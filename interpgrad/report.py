@@ -20,6 +20,7 @@ from interpgrad.gradients import Passes, backward_passes
 from interpgrad.guided import guided_nodes, unguided
 from interpgrad.model import class_logits, exclusive_use, unwrap
 from interpgrad.settings import Activations, Settings, Statistics
+from interpgrad.targets import Target, TargetName
 
 _KNOWN = ("interpgrad", "torch")  # whose autograd Functions are no finding
 
@@ -64,6 +65,7 @@ def check(
     x: Tensor,
     y: Any = None,
     *,
+    target: TargetName | Target = "guided",
     criterion: CriterionName | Criterion = "log_prob",
     batch_norm: Statistics = "frozen",
     activations: Activations = "all",
@@ -80,7 +82,8 @@ def check(
         model: any module taking `x` first, in the mode it is trained in.
         x: images of the kind it is trained on, (N, C, H, W); a few are enough.
         y: their targets; None means the predicted classes.
-        criterion: as of the loss, and so are
+        target: as of the loss; only of "guided" it is said what is guided. So are
+        criterion: and
         batch_norm: and
         activations: and
         ignore_index: which decide what is met.
@@ -105,7 +108,7 @@ def check(
     findings = []
     try:
         with exclusive_use(model), torch.enable_grad():
-            for finding in _findings(model, x, y, settings, model_kwargs):
+            for finding in _findings(model, x, y, target, settings, model_kwargs):
                 findings.append(finding)
     except (TypeError, ValueError, RuntimeError) as error:
         findings.append(Finding("error", "the loss", str(error)))
@@ -113,7 +116,12 @@ def check(
 
 
 def _findings(
-    model: nn.Module, x: Tensor, y: Any, settings: Settings, model_kwargs: Mapping[str, Any] | None
+    model: nn.Module,
+    x: Tensor,
+    y: Any,
+    target: TargetName | Target,
+    settings: Settings,
+    model_kwargs: Mapping[str, Any] | None,
 ) -> Iterator[Finding]:
     """One after the other, on the way that the loss goes."""
     if is_compiled(model):
@@ -137,7 +145,8 @@ def _findings(
     with _AttentionCalls() as attends:
         forward = run()
     operations = graph.operations(forward.logits, until=forward.image)
-    yield from _about_activations(operations, settings.activations)
+    if target == "guided":
+        yield from _about_activations(operations, settings.activations)
     yield from _about_functions(operations)
     yield from _about_statistics(operations, settings.batch_norm)
     if attends.calls:
@@ -152,22 +161,20 @@ def _findings(
             "checkpointed layers run again in every backward pass, three times instead of once. Checkpoint no more "
             "than the memory asks for.",
         )
-    delta, coupled = _twice_differentiated(forward, y, settings)
+    delta, coupled = _twice_differentiated(forward, y, settings, guided=target == "guided")
     if coupled:
         yield _note(
             "coupled images",
             "an image's gradient depends on the others in the batch, which inference does not see: by statistics "
             "written by hand, or attention across images. Only those of torch's batch norms are constants: use these.",
         )
-    yield _about_cost(delta, forward.image)
+    yield _about_cost(delta, forward.image, guided=target == "guided")
 
 
 def _about_activations(operations: graph.Operations, activations: str) -> Iterator[Finding]:
     guided = {name: len(nodes) for name, nodes in guided_nodes(operations, activations).items()}
     if guided:
-        cleaner = (
-            " With SiLU instead of ReLU seeds agreed more on their gradients, at no price: docs/evidence/pareto.md."
-        )
+        cleaner = " With SiLU instead of ReLU seeds agreed more on their gradients, at no price: see the documentation."
         yield _note(
             "activations", f"guided at {_list(guided)}. Nothing to do.{cleaner if guided.keys() == {'Relu'} else ''}"
         )
@@ -207,18 +214,18 @@ def _about_statistics(operations: graph.Operations, batch_norm: str) -> Iterator
         yield _note("statistics of each sample", what)
 
 
-def _about_cost(delta: Tensor, image: Tensor) -> Finding:
-    passes, why = (
-        (9, " (batch norm meets smooth activations or gates)") if frozen.is_separate(delta, image) else (7, "")
-    )
+def _about_cost(delta: Tensor, image: Tensor, *, guided: bool) -> Finding:
+    separate = frozen.is_separate(delta, image)
+    passes = (9 if separate else 7) - (not guided)
+    why = " (batch norm meets smooth activations or gates)" if separate else ""
     return _note(
         "cost",
-        f"a step with shared_forward() is about {passes} forward passes' worth of operations, a plain one 3: "
+        f"a step with shared_forward() is about {passes} forward passes' worth of operations, one without the loss 3: "
         f"{passes / 3:.2f} times as much{why}. every=4 asks for it at one of four steps.",
     )
 
 
-def _twice_differentiated(forward: Forward, y: Any, settings: Settings) -> tuple[Tensor, bool]:
+def _twice_differentiated(forward: Forward, y: Any, settings: Settings, *, guided: bool) -> tuple[Tensor, bool]:
     """Delta, whose derivative in the parameters has been taken, as backpropagation of the loss takes it.
 
     And whether that of one image's logits reaches other images, where it should not.
@@ -227,11 +234,11 @@ def _twice_differentiated(forward: Forward, y: Any, settings: Settings) -> tuple
     if isinstance(settings.criterion, str):  # on a GPU as well, where training does not look
         refuse_out_of_range(forward.logits, y, settings.ignore_index)
     with backward_passes(forward, y, settings, create_graph=True) as passes:
-        guided, delta = passes.gradient(guided=True), passes.attached_delta
+        direction, delta = passes.gradient(guided=guided), passes.attached_delta
         coupled = settings.batch_norm == "frozen" and any(_reaches_others(passes, image) for image in (0, -1))
     parameters = [leaf for leaf in graph.leaves(delta, until=forward.image) if leaf is not forward.image]
     if parameters:
-        torch.autograd.grad(delta, parameters, guided.to(delta.dtype), retain_graph=True, allow_unused=True)
+        torch.autograd.grad(delta, parameters, direction.to(delta.dtype), retain_graph=True, allow_unused=True)
     return delta, coupled
 
 

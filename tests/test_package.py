@@ -53,6 +53,7 @@ MAY_IMPORT = {
     },
     "report": {
         *("criteria", "double_backward", "forward", "frozen", "gradients", "graph", "guided", "model", "settings"),
+        "targets",
     },
     "integrations": {"forward", "loss"},
     "saliency": {"autocast", "cleanup", "criteria", "forward", "gradients", "inputs", "model", "settings"},

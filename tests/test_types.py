@@ -2,8 +2,11 @@
 
 import subprocess
 import sys
+from typing import get_args
 
 import pytest
+
+from interpgrad import settings
 
 pytestmark = pytest.mark.slow
 pytest.importorskip("mypy")
@@ -34,6 +37,18 @@ WRONG = {
     'interpgrad.input_gradients(model, x, criterion="log")': 'Argument "criterion"',
     "number: int = reg(x, y)": 'has type "Tensor"',
 }
+
+
+def test_names_are_those_that_there_are():
+    """What a type checker takes is what the package takes."""
+    from interpgrad import criteria, errors, guided, saliency, targets
+
+    assert get_args(targets.TargetName) == (*targets.BUILT_IN, targets.GIVEN)
+    assert get_args(criteria.CriterionName) == tuple(criteria._DERIVATIVES)
+    assert get_args(errors.ErrorName) == tuple(errors.NAMED)
+    assert set(get_args(settings.Activations)) == guided.FAMILIES.keys()
+    assert saliency.CAMS.keys() <= {*saliency.__all__}
+    assert all(hasattr(saliency, name) for name in saliency.__all__)
 
 
 def test_a_users_script_is_checked(tmp_path):
