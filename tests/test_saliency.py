@@ -42,9 +42,9 @@ def split(model, x, classes, layer=LAYER):
     return a.detach(), g, logits.detach(), tail
 
 
-def literal_weights(name, model, x, classes):
+def literal_weights(name, model, x, classes, layer=LAYER):
     """Every weight by the paper's formula, in loops."""
-    a, g, logits, tail = split(model, x, classes)
+    a, g, logits, tail = split(model, x, classes, layer)
     samples, channels, height, width = a.shape
     if name in ("hires_cam", "layer_cam"):  # a weight for each position: Draelos and Carin, 4; Jiang et al., 6 and 7
         return (g if name == "hires_cam" else torch.maximum(g, torch.zeros_like(g))), a
@@ -96,6 +96,19 @@ def test_formulas(name, seed):
         torch.testing.assert_close(CAMS[name](model, x, LAYER, classes), expected, rtol=1e-9, atol=1e-9)
         peaks.append(float(expected.amax()))
     assert max(peaks) == 1  # not all of it rectified away
+
+
+@pytest.mark.parametrize("name", [name for name in CAMS if name != "eigen_cam"])
+def test_formulas_where_activations_are_negative(name):
+    """Before batch norm: behind a rectifier ReLU(G A) and ReLU(G) A are the same."""
+    model = small_net().eval()
+    with torch.no_grad():
+        model[-1].bias += 10
+    x, classes = data(5)[0], torch.tensor([0, 1, 2, 3, 0])
+    weights, a = literal_weights(name, model, x, classes, "4")
+    assert (a < 0).any()
+    expected = literal_map(weights, a, x.shape[-2:])
+    torch.testing.assert_close(CAMS[name](model, x, "4", classes), expected, rtol=1e-9, atol=1e-9)
 
 
 def test_ablation_cam_of_a_negative_score():
