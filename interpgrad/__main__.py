@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from interpgrad import plot, saliency
+from interpgrad.model import class_logits, logits_of
 from interpgrad.published import BadInputError, classifier, last_layer, square
 
 GRADIENTS = {
@@ -29,12 +30,17 @@ GRADIENTS = {
 def explain(options: argparse.Namespace) -> str:
     """Write the picture; what there is to say of it."""
     model, preprocessing = classifier(options.model, options.weights, options.classes)
+    if options.size is not None and options.size < 1:
+        raise BadInputError(f"expected a size of at least 1 pixel, got {options.size}.")
     show = square(options.size) if options.size else preprocessing.show
     image = show(_photograph(options.image))[None]
     mean, std = (torch.tensor(each).view(1, -1, 1, 1) for each in (preprocessing.mean, preprocessing.std))
     x = (image - mean) / std
-    with torch.no_grad():
-        probabilities = model(x).softmax(1)[0]
+    try:
+        with torch.no_grad():
+            probabilities = class_logits(logits_of(model(x))).softmax(1)[0]
+    except AssertionError as reason:  # of timm's models, for images of another size
+        raise BadInputError(f"expected images that {options.model} takes: {reason}.") from reason
     label = int(probabilities.argmax()) if options.label is None else options.label
     if not 0 <= label < len(probabilities):
         raise BadInputError(f"expected a class from 0 to {len(probabilities) - 1}, got {label}.")
@@ -49,13 +55,19 @@ def explain(options: argparse.Namespace) -> str:
 
 def _photograph(path: str) -> object:
     try:
-        from PIL import Image
+        from PIL import Image, ImageOps
     except ImportError:
         raise BadInputError("expected Pillow, which reads photographs, to be installed: pip install pillow.") from None
     try:
-        return Image.open(path).convert("RGB")
+        image = ImageOps.exif_transpose(Image.open(path))
     except OSError as reason:
         raise BadInputError(f"expected a photograph in {path}, could not read it: {reason}.") from reason
+    if image.mode[:1] in ("I", "F"):
+        raise BadInputError(f"expected a photograph of 8 bits a colour in {path}, got one of mode {image.mode}.")
+    if image.has_transparency_data:
+        shown = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", shown.size, "white"), shown)
+    return image.convert("RGB")
 
 
 def _magnitude(gradient: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from interpgrad.autocast import at_least_single
 from interpgrad.criteria import IGNORED, Criterion, CriterionName
 from interpgrad.errors import cos
+from interpgrad.forward import check_batch
 from interpgrad.gradients import input_gradients
 from interpgrad.inputs import Inputs
 from interpgrad.model import evaluation_mode
@@ -55,7 +56,8 @@ def measure(
         limit: measure on the first so many images. None means all.
 
     Raises:
-        TypeError: a batch is no pair. ValueError: there are no images. Otherwise as `interpgrad.input_gradients`.
+        TypeError: a batch is no pair of tensors. ValueError: there are no images, or y holds no class indices.
+            Otherwise as `interpgrad.input_gradients`.
 
     >>> model = nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 3))
     >>> batches = [(torch.randn(5, 3, 2, 2), torch.randint(3, (5,))) for _ in range(4)]
@@ -63,16 +65,26 @@ def measure(
     12
     """
     device = next((each.device for each in itertools.chain(model.parameters(), model.buffers())), None)
+    if limit is not None and (not isinstance(limit, int) or limit < 1):
+        raise ValueError(f"expected limit to be a number of images, or None, got {limit!r}.")
     right, cosines, left = [], [], limit
     for batch in batches:
         if left == 0:
             break
         if not isinstance(batch, (tuple, list)) or len(batch) < 2 or not isinstance(batch[1], Tensor):
+            received = ", ".join(type(each).__name__ for each in batch) if isinstance(batch, (tuple, list)) else batch
             raise TypeError(
-                f"expected batches of images and class indices, (x, y), got {type(batch).__name__}: pass pairs, for "
-                'instance ((b["pixel_values"], b["labels"]) for b in loader).'
+                "expected batches of images and class indices, tensors (x, y), got "
+                f"{received if isinstance(received, str) else type(batch).__name__}: pass pairs, for instance "
+                '((b["pixel_values"], b["labels"]) for b in loader).'
             )
+        check_batch(*batch[:2])
         x, y = (each[:left].to(device) for each in batch[:2])
+        if y.is_floating_point() or y.numel() != len(x):
+            raise ValueError(
+                f"expected class indices (N,), one for each of the {len(x)} images, got {y.dtype} of shape "
+                f"{tuple(y.shape)}: give probabilities as y.argmax(1)."
+            )
         with evaluation_mode(model, gradients=False):
             logits = Inputs(x, None).logits(model)
         with evaluation_mode(model, gradients=True):
@@ -81,8 +93,8 @@ def measure(
         right.append((logits.argmax(1) == y.reshape(-1))[kept].double().cpu())
         cosines.append(1 - cos(delta, guided)[kept].double().cpu())
         left = None if left is None else left - len(x)
-    if not right:
-        raise ValueError("expected at least one batch of images, got none.")
+    if not sum(map(len, right)):
+        raise ValueError("expected at least one batch of images to count, got none.")
     (accuracy, accuracy_margin), (cosine, cosine_margin) = map(_interval, (torch.cat(right), torch.cat(cosines)))
     return Measured(sum(map(len, right)), accuracy, accuracy_margin, cosine, cosine_margin)
 

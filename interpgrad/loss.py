@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import operator
 import warnings
 import weakref
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -80,8 +81,8 @@ class InterpretableGradientLoss(nn.Module):
             detached. None for `target="zero"` and `error="outside"`.
 
     The first training call evaluates the loss even where `start` or `every` skip it, and throws the result away: what
-    is wrong with the model or the settings is named before the first epoch. It leaves no trace either. After
-    `shared_forward()` that is a plain call with two images.
+    is wrong with the model or the settings is named before the first epoch, and memory that is short is short at once.
+    The result leaves no trace.
 
     The extra forward pass of a plain call gives back buffers, modes and random states. Buffers that it made stay, such
     as a table for the size of the images. It cannot take back what a model or its hooks write elsewhere: lists,
@@ -124,10 +125,10 @@ class InterpretableGradientLoss(nn.Module):
             )
         if not _is_weight(lam):
             raise ValueError(f"expected lam to be a finite number of at least 0, got {lam!r}.")
-        if not isinstance(every, int) or every < 1:
+        if not _is_count(every, 1):
             raise ValueError(f"expected every to be an integer of at least 1, got {every!r}.")
         for name, calls in (("start", start), ("warmup", warmup)):
-            if not isinstance(calls, int) or calls < 0:
+            if not _is_count(calls, 0):
                 raise ValueError(f"expected {name} to be a number of calls, an integer of at least 0, got {calls!r}.")
         if reduction not in ("mean", "none"):
             raise ValueError(f'expected reduction="mean" or reduction="none", got {reduction!r}.')
@@ -152,7 +153,6 @@ class InterpretableGradientLoss(nn.Module):
         self._step = 0
         self._term: Tensor | None = None
         self._tried = False  # whether it has been evaluated in training
-        self._shares = False  # whether the forward pass of this call ran inside shared_forward
         self._recorder: Recorder | None = None
         self._computed: tuple[weakref.ref[Tensor], int] | None = None  # the images of the last computed call
         self._verified: set[frozenset[str]] = set()
@@ -169,7 +169,7 @@ class InterpretableGradientLoss(nn.Module):
         >>> InterpretableGradientLoss.recipe(model, steps=1000, lam=0.1).start
         500
         """
-        if not isinstance(steps, int) or steps < 1:
+        if not _is_count(steps, 1):
             raise ValueError(
                 f"expected steps to be the number of training steps, an integer of at least 1, got {steps!r}: "
                 "pass epochs * len(loader)."
@@ -201,70 +201,68 @@ class InterpretableGradientLoss(nn.Module):
         wrong in shape, dtype, device or values; on a GPU the values are looked at in the first call only. RuntimeError
         if x is not the tensor recorded, ValueError if the error does not return (N,).
         """
+        return self._term_of(x, y, model_args, model_kwargs, target, step)
+
+    if TYPE_CHECKING:
+
+        def __call__(self, x: Tensor, y: Any, *model_args: Any, **options: Any) -> Tensor:
+            """As `forward`."""
+
+    def _term_of(
+        self, x: Tensor, y: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: Tensor | None, step: int | None
+    ) -> Tensor:
         check_batch(x, y)
-        check_given(self.target, target, x, self.error)
+        check_given(self.target, given, x, self.error)
         training = torch.is_grad_enabled()
         self._count_from(step)
-        if training and not self._is_due():
-            if not self._tried:
-                self._try(x, y, model_args, model_kwargs, target)
-            self._shares = False
+        due = self._is_due() or not training
+        if not due and self._tried:
             self._step += 1
             self._warn_of_the_same(x)
             return self._zero(x)
         weight = self._weight() * (self.every if training else 1)
+        tries = training and not self._tried
 
-        with exclusive_use(self.model), torch.enable_grad():
-            forward = self._forward_pass(x, model_args, model_kwargs, training)
-            try:
-                errors, self.cosine = self._evaluate(forward, y, target, differentiable=training and weight != 0)
-            except RuntimeError as error:
-                if "second time" not in str(error):
-                    raise
-                raise RuntimeError(
-                    "expected the graph of the forward pass inside shared_forward(), got one that a backward pass has "
-                    "freed: call the loss before loss.backward()."
-                ) from error
+        trial = nullcontext() if due else random_state_restored(self.model, x)  # whose result is thrown away
+        with exclusive_use(self.model), torch.enable_grad(), trial:
+            forward = self._forward_pass(x, args, kwargs, training)
+            errors, cosine = self._evaluate(forward, y, given, differentiable=training and (weight != 0 or tries))
             value = errors.mean() if self.reduction == "mean" else errors
 
-        self.penalty = errors.detach().mean()  # R
-        self._term = weight * self.penalty
+        if training:
+            self._tried = True
+            self._step += 1
+            self._computed = (weakref.ref(x), x._version) if due and step is None else None
+            self._recorder = None
+            forward.close()
+        if due:
+            self.penalty, self.cosine = errors.detach().mean(), cosine  # R
+            self._term = weight * self.penalty
         if not training:
             return weight * value.detach()
-        self._tried = True
-        self._step += 1
-        self._computed = (weakref.ref(x), x._version) if step is None else None
-        self._recorder = None
-        forward.close()
-        return weight * value if weight else self._zero(x)
+        return weight * value if due and weight else self._zero(x)
 
     def _evaluate(
         self, forward: Forward, y: Any, given: Tensor | None, *, differentiable: bool
     ) -> tuple[Tensor, Tensor | None]:
         """E(delta, t) of each image, (N,), and the mean cosine of delta and t."""
         settings = Settings(self.criterion, self.batch_norm, self.activations, self.ignore_index)
-        with backward_passes(forward, y, settings, create_graph=differentiable, verified=self._verified) as passes:
-            t = make_target(self.target, given, passes, self.error, first=self.penalty is None)  # a constant
-            delta = passes.attached_delta  # J^T v, on a graph: one backward pass with create_graph
+        try:
+            with backward_passes(forward, y, settings, create_graph=differentiable, verified=self._verified) as passes:
+                t = make_target(self.target, given, passes, self.error, first=self.penalty is None)  # a constant
+                delta = passes.attached_delta  # J^T v, on a graph: one backward pass with create_graph
+        except RuntimeError as error:
+            if "second time" not in str(error) or self._recorder is None or forward is not self._recorder.forward:
+                raise
+            raise RuntimeError(
+                "expected the graph of the forward pass inside shared_forward(), got one that a backward pass has "
+                "freed: call the loss before loss.backward()."
+            ) from error
         delta, t = at_least_single(delta), at_least_single(t)
         with without_autocast(forward.x.device):
             errors = self._errors(delta, t)
             directions = self.target != "zero" and self.error != "outside"
             return errors, 1 - cos(delta.detach(), t).mean() if directions else None
-
-    def _try(self, x: Tensor, y: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: Tensor | None) -> None:
-        """Evaluate once, for the errors alone: after `shared_forward` with two images, for its smaller memory."""
-        if self._shares:
-            x, y, args, kwargs, given = _first(2, len(x), (x, y, args, kwargs, given))
-        with exclusive_use(self.model), torch.enable_grad(), random_state_restored(self.model, x):
-            forward = forward_without_trace(self.model, x, args, kwargs, batch_norm=self.batch_norm)
-            self._evaluate(forward, y, given, differentiable=True)
-        self._tried = True
-
-    if TYPE_CHECKING:
-
-        def __call__(self, x: Tensor, y: Any, *model_args: Any, **options: Any) -> Tensor:
-            """As `forward`."""
 
     def _forward_pass(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], training: bool) -> Forward:
         """The one that was recorded, if it is still that of the model, or one of its own."""
@@ -300,13 +298,13 @@ class InterpretableGradientLoss(nn.Module):
 
         The model sees a copy of its first floating point argument, in which gradients can be taken; attention layers
         run on the kernel that has a double backward. Nothing is recorded, at no cost, under `torch.no_grad()`
-        and at the calls before `start` and those that `every` skips.
+        and at the calls before `start` and those that `every` skips, but for the very first.
 
         Raises RuntimeError if the model was not called inside.
         """
-        self._recorder, self._shares = None, True
+        self._recorder = None
         self._count_from(step)
-        if not (torch.is_grad_enabled() and self._is_due()):
+        if not (torch.is_grad_enabled() and (self._is_due() or not self._tried)):
             yield
             return
         self._recorder = Recorder(self.batch_norm)
@@ -330,7 +328,7 @@ class InterpretableGradientLoss(nn.Module):
         return self.lam * min(1, since / self.warmup) if self.warmup else self.lam
 
     def _count_from(self, step: int | None) -> None:
-        if step is not None and (not isinstance(step, int) or step < 0):
+        if step is not None and not _is_count(step, 0):
             raise ValueError(f"expected step to be the number of an optimizer's step, from 0, got {step!r}.")
         self._step = self._step if step is None else step
 
@@ -361,7 +359,7 @@ class InterpretableGradientLoss(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Copied and pickled without a recorded graph."""
-        return self.__dict__ | {"_recorder": None, "_computed": None, "_shares": False}
+        return self.__dict__ | {"_recorder": None, "_computed": None}
 
     def get_extra_state(self) -> Tensor:
         """The step counter of `every`, `start` and `warmup`: all there is in `state_dict()`."""
@@ -423,17 +421,11 @@ def interpretable_gradient_loss(
         transform=transform,
         reduction=reduction,
     )
-    return reg(x, y, target=given, **(model_kwargs or {}))
+    return reg._term_of(x, y, (), dict(model_kwargs or {}), given, None)
 
 
-def _first(count: int, rows: int, value: Any) -> Any:
-    """The first of what has a row for each image, inside tuples and dicts too."""
-    if isinstance(value, tuple):
-        return tuple(_first(count, rows, each) for each in value)
-    if isinstance(value, dict):
-        return {name: _first(count, rows, each) for name, each in value.items()}
-    has_rows = hasattr(value, "__getitem__") and getattr(value, "shape", (None,)) != () and len(value) == rows
-    return value[:count] if has_rows else value
+def _is_count(value: Any, least: int) -> bool:
+    return not isinstance(value, bool) and hasattr(value, "__index__") and operator.index(value) >= least
 
 
 def _is_weight(value: Any) -> bool:

@@ -119,15 +119,22 @@ def overlay(image: Tensor, saliency_map: Tensor, *, opacity: float = 0.6) -> Ten
     """
     colormaps = _matplotlib("matplotlib").colormaps
 
-    images, shown = _checked(image, {"saliency_map": saliency_map}, None, dims=3)
-    grey = images[0].mean(0)
+    images, shown = _checked(image.detach(), {"saliency_map": saliency_map.detach()}, None, dims=3)
+    given, grey = shown["saliency_map"], images[0].mean(0)
+    if len(images) > 1 or not (given.min() >= 0 and given.max() <= 1) or not 0 <= opacity <= 1:
+        raise ValueError(
+            f"expected one image, a map and an opacity in [0, 1], got {len(images)} images, a map from "
+            f"{float(given.min()):.3g} to {float(given.max()):.3g}, and {opacity}: see saliency.scale."
+        )
     colours = torch.from_numpy(colormaps[_POSITIVE](shown["saliency_map"][0].detach().float().cpu().numpy()))[..., :3]
-    picture: Tensor = (1 - opacity) * grey.detach().float().cpu() + opacity * colours.permute(2, 0, 1).float()
-    return picture
+    picture: Tensor = (1 - opacity) * grey.float().cpu() + opacity * colours.permute(2, 0, 1).float()
+    return picture.clamp(0, 1)  # rounding alone
 
 
 def save(picture: Tensor, path: str | Path) -> None:
     """Write a picture (3, H, W) in [0, 1] to a file, pixel for pixel; its name says the format, for instance ".png"."""
+    if picture.dim() != 3 or len(picture) != 3 or not picture.is_floating_point():
+        raise ValueError(f"expected a picture (3, H, W) in [0, 1], got {picture.dtype} of {tuple(picture.shape)}.")
     _matplotlib("matplotlib.image").imsave(path, picture.detach().float().cpu().clamp(0, 1).permute(1, 2, 0).numpy())
 
 
@@ -217,7 +224,7 @@ def _checked(
         columns = {name: values[None] if values.dim() == dims - 1 else values for name, values in columns.items()}
     if images.dim() != 4 or images.shape[1] not in (1, 3) or not len(images):
         raise ValueError(f"expected images (N, 3, H, W) or (N, 1, H, W) in [0, 1], got {tuple(images.shape)}.")
-    low, high = (float(end) for end in images.aminmax())
+    low, high = (float(end) for end in images.detach().aminmax())
     if not -_ROUNDING <= low <= high <= 1 + _ROUNDING:
         raise ValueError(
             f"expected images in [0, 1], got values from {low:.3g} to {high:.3g}: pass them as they were before "

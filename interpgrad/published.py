@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import difflib
 import importlib.util
-import pickle
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from interpgrad.saliency.layer import is_grid
 
 
 class BadInputError(Exception):
@@ -60,14 +61,23 @@ def classifier(name: str, path: str | None = None, classes: int | None = None) -
 
 
 def last_layer(model: nn.Module, images: Tensor) -> str:
-    """The name of the last layer with an output (N, K, h, w) of more than one pixel, called once."""
-    calls: dict[str, int] = {}
-    found: list[str] = []
+    """The name of the last layer, called once, whose output (N, K, h, w) is a grid of more than one pixel.
+
+    Raises BadInputError where there is none, or where tokens come after it: there one has to be chosen.
+    """
+    called: list[str] = []
+    grids: list[str] = []
+    norms: list[str] = []  # of tokens
 
     def note(name: str, output: object) -> None:
-        calls[name] = calls.get(name, 0) + 1
-        if isinstance(output, Tensor) and output.dim() == 4 and output.shape[2] * output.shape[3] > 1:
-            found.append(name)
+        called.append(name)
+        if not isinstance(output, Tensor) or len(output) != len(images):
+            return
+        if output.dim() == 3 and "norm" in name.rpartition(".")[2]:
+            norms.append(name)
+        shapes = (output.shape[2:], output.shape[1:3]) if output.dim() == 4 else ()  # channels first, or last
+        if any(each.numel() > 1 and is_grid(each, images.shape[2:], padded=True) for each in shapes):
+            grids.append(name)
 
     handles = [
         module.register_forward_hook(lambda _, __, output, name=name: note(name, output))
@@ -80,9 +90,10 @@ def last_layer(model: nn.Module, images: Tensor) -> str:
     finally:
         for handle in handles:
             handle.remove()
-    once = [name for name in found if calls[name] == 1]
-    if not once:
-        raise BadInputError("expected a layer whose output is (N, K, h, w), found none: name one with --layer.")
+    once = [name for name in grids if called.count(name) == 1]
+    if not once or (norms and called.index(norms[-1]) > called.index(once[-1])):
+        near = f", for instance {norms[-2]}" if len(norms) > 1 else ""
+        raise BadInputError(f"expected a last layer whose output is (N, K, h, w), found none: name one{near}.")
     return once[-1]
 
 
@@ -133,8 +144,9 @@ def reading(path: str) -> Iterator[None]:
     """What a file that is no checkpoint raises, in words."""
     try:
         yield
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as reason:
-        raise BadInputError(f"expected a checkpoint of tensors in {path}, could not read it: {reason}.") from reason
+    except Exception as reason:  # of pickle, zip files and safetensors, whatever they are
+        said = str(reason) or type(reason).__name__
+        raise BadInputError(f"expected a checkpoint of tensors in {path}, could not read it: {said}.") from reason
 
 
 def _weights_in(path: str) -> dict[str, Tensor]:
@@ -143,6 +155,8 @@ def _weights_in(path: str) -> dict[str, Tensor]:
         if path.endswith(".safetensors"):
             return dict(_package("safetensors.torch").load_file(path))
         stored = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(stored, dict):
+        raise BadInputError(f"expected a state_dict in {path}, got {type(stored).__name__}.")
     for key in ("state_dict", "model_state_dict", "model"):
         stored = stored[key] if isinstance(stored.get(key), dict) else stored
     return {re.sub(r"^(module\.|_orig_mod\.)+", "", name): value for name, value in stored.items()}

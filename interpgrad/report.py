@@ -20,7 +20,7 @@ from interpgrad.gradients import Passes, backward_passes
 from interpgrad.guided import guided_nodes, unguided
 from interpgrad.model import class_logits, exclusive_use, unwrap
 from interpgrad.settings import Activations, Settings, Statistics
-from interpgrad.targets import Target, TargetName
+from interpgrad.targets import GIVEN, Target, TargetName, check_target, make_target
 
 _KNOWN = ("interpgrad", "torch")  # whose autograd Functions are no finding
 
@@ -105,6 +105,7 @@ def check(
     """
     check_batch(x, y)
     settings = Settings(criterion, batch_norm, activations, ignore_index)
+    check_target(target, None)
     findings = []
     try:
         with exclusive_use(model), torch.enable_grad():
@@ -137,10 +138,10 @@ def _findings(
     run = functools.partial(forward_without_trace, model, x, (), model_kwargs, batch_norm=settings.batch_norm)
     try:
         run()  # TorchScript makes one node of a function in the second pass
-    except (TypeError, ValueError, RuntimeError) as error:
+    except Exception as error:
         if str(error).startswith("expected"):  # as all that this package raises
             raise
-        yield Finding("error", "the model", str(error))
+        yield Finding("error", "the model", f"{type(error).__name__}: {error}")
         return
     with _AttentionCalls() as attends:
         forward = run()
@@ -161,7 +162,7 @@ def _findings(
             "checkpointed layers run again in every backward pass, three times instead of once. Checkpoint no more "
             "than the memory asks for.",
         )
-    delta, coupled = _twice_differentiated(forward, y, settings, guided=target == "guided")
+    delta, coupled = _twice_differentiated(forward, y, target, settings)
     if coupled:
         yield _note(
             "coupled images",
@@ -225,7 +226,9 @@ def _about_cost(delta: Tensor, image: Tensor, *, guided: bool) -> Finding:
     )
 
 
-def _twice_differentiated(forward: Forward, y: Any, settings: Settings, *, guided: bool) -> tuple[Tensor, bool]:
+def _twice_differentiated(
+    forward: Forward, y: Any, target: TargetName | Target, settings: Settings
+) -> tuple[Tensor, bool]:
     """Delta, whose derivative in the parameters has been taken, as backpropagation of the loss takes it.
 
     And whether that of one image's logits reaches other images, where it should not.
@@ -234,11 +237,12 @@ def _twice_differentiated(forward: Forward, y: Any, settings: Settings, *, guide
     if isinstance(settings.criterion, str):  # on a GPU as well, where training does not look
         refuse_out_of_range(forward.logits, y, settings.ignore_index)
     with backward_passes(forward, y, settings, create_graph=True) as passes:
-        direction, delta = passes.gradient(guided=guided), passes.attached_delta
+        t = passes.gradient() if target == GIVEN else make_target(target, None, passes, None, first=True)
+        delta = passes.attached_delta
         coupled = settings.batch_norm == "frozen" and any(_reaches_others(passes, image) for image in (0, -1))
     parameters = [leaf for leaf in graph.leaves(delta, until=forward.image) if leaf is not forward.image]
     if parameters:
-        torch.autograd.grad(delta, parameters, direction.to(delta.dtype), retain_graph=True, allow_unused=True)
+        torch.autograd.grad(delta, parameters, t.to(delta.dtype), retain_graph=True, allow_unused=True)
     return delta, coupled
 
 

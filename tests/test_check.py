@@ -340,3 +340,7 @@ def test_other_targets_need_no_rectifiers():
         assert report.ok
         assert "activations" not in {finding.subject for finding in report.findings}
         assert "about 6 forward passes' worth" in str(report)
+    with pytest.raises(ValueError, match="expected target to be one of"):
+        check(model, x, y, target="gudied")
+    report = check(model, x, y, target=lambda passes: passes.gradient(guided=True))
+    assert "error  the loss: expected at least one activation" in str(report)

@@ -99,15 +99,42 @@ def test_the_trial_leaves_no_trace(shared):
     assert int(reg.state_dict()["_extra_state"]) == 1
 
 
-@pytest.mark.parametrize(("shared", "seen"), [(False, [8]), (True, [8, 2])], ids=["plain", "shared"])
-def test_there_is_one_trial_with_two_images_where_the_forward_pass_is_shared(shared, seen):
+@pytest.mark.parametrize("shared", [False, True], ids=["plain", "shared"])
+def test_there_is_one_trial_and_it_uses_a_shared_forward_pass(shared):
     model, (x, y) = small_net(), (torch.rand(8, 3, 8, 8, dtype=torch.float64), torch.arange(8) % 4)
     sizes = []
     model.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
     reg = InterpretableGradientLoss(model, target="given", **LATE)
     for _ in range(3):
         call(reg, model, x, y, shared, target=torch.rand_like(x))
-    assert sizes == ([*seen, 8, 8] if shared else seen)
+    assert sizes == ([8, 8, 8] if shared else [8])
+
+
+@pytest.mark.parametrize(
+    ("misuse", "message"),
+    [
+        (lambda reg, model, x, y: reg(x.clone(), y), "expected the tensor that was passed to the model inside"),
+        (lambda reg, model, x, y: F.cross_entropy(model(x), y).backward() or reg(x, y), None),
+    ],
+    ids=["another x", "a backward pass of another graph"],
+)
+def test_sharing_is_tried_too(misuse, message):
+    model, (x, y) = small_net(), data()
+    reg = InterpretableGradientLoss(model, **LATE)
+    with reg.shared_forward():
+        model(x)
+    if message:
+        with pytest.raises(RuntimeError, match=message):
+            misuse(reg, model, x, y)
+    else:
+        misuse(reg, model, x, y)
+
+
+def test_the_double_backward_is_looked_for_while_the_weight_is_0():
+    x, y = data()
+    for settings in ({"lam": 0.0}, {"warmup": 10}, {"warmup": 10, "every": 4}):
+        with pytest.raises(RuntimeError, match="once"):
+            InterpretableGradientLoss(Once(), **settings)(x, y)
 
 
 def test_further_arguments_are_those_of_the_two_images():
@@ -177,7 +204,8 @@ def test_transforms_have_names():
     for wrong in (3.0, "high_pass"):
         with pytest.raises(ValueError, match='expected transform to be "low_pass", a callable'):
             InterpretableGradientLoss(model, transform=wrong)
-    for settings in ({"reduction": "sum"}, {"every": 2.0}, {"warmup": "10"}):
+    assert InterpretableGradientLoss(model, every=np.int64(2)).every == 2
+    for settings in ({"reduction": "sum"}, {"every": 2.0}, {"warmup": "10"}, {"every": True}):
         (name,) = settings
         with pytest.raises(ValueError, match=f"expected {name}"):
             InterpretableGradientLoss(model, **settings)
@@ -217,6 +245,21 @@ def test_the_function_is_the_class():
     reg = InterpretableGradientLoss(model, "outside", target="given", reduction="none")
     assert torch.equal(ours, reg(x, y, target=mask))
     assert ours.shape == (len(x),)
+
+
+def test_arguments_of_the_model_may_have_any_name():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = small_net()
+
+        def forward(self, x, *, step, target, y):
+            return self.net(x) * step + target + y
+
+    model, (x, y) = Named(), data()
+    ours = interpretable_gradient_loss(model, x, y, model_kwargs={"step": 2, "target": 3, "y": 4})
+    expected = InterpretableGradientLoss(model)._term_of(x, y, (), {"step": 2, "target": 3, "y": 4}, None, None)
+    assert torch.equal(ours, expected)
 
 
 def test_a_repeated_warning_is_given_once():

@@ -53,7 +53,20 @@ def test_images_to_ignore_count_nowhere():
 
 
 def test_wrong_batches():
-    with pytest.raises(ValueError, match="expected at least one batch of images, got none"):
+    with pytest.raises(ValueError, match="expected at least one batch of images to count, got none"):
         measure(small_net(), [])
-    with pytest.raises(TypeError, match=r"expected batches of images and class indices, \(x, y\), got dict"):
+    with pytest.raises(TypeError, match=r"expected batches of images and class indices, tensors \(x, y\), got dict"):
         measure(small_net(), [{"pixel_values": torch.rand(1, 3, 8, 8)}])
+    x, y = batches()[0]
+    model = small_net()
+    with pytest.raises(TypeError, match=r"expected x to be a floating point tensor, got a tensor of torch.uint8"):
+        measure(model, [((255 * x).byte(), y)])
+    with pytest.raises(ValueError, match=r"give probabilities as y.argmax"):
+        measure(model, [(x, torch.rand(5, 4))])
+    with pytest.raises(TypeError, match="got Tensor, list: pass pairs"):
+        measure(model, [(x, y.tolist())])
+    with pytest.raises(ValueError, match="expected at least one batch of images to count"):
+        measure(model, [(x, torch.full_like(y, -100))])
+    for limit in (0, -1, 2.5):
+        with pytest.raises(ValueError, match="expected limit to be a number of images, or None, got"):
+            measure(model, [(x, y)], limit=limit)

@@ -57,9 +57,9 @@ MAY_IMPORT = {
     },
     "integrations": {"forward", "loss"},
     "saliency": {"autocast", "cleanup", "criteria", "forward", "gradients", "inputs", "model", "settings"},
-    "published": set(),
-    "__main__": {"plot", "published", "saliency"},
-    "held_out": {"autocast", "criteria", "errors", "gradients", "inputs", "model"},
+    "published": {"saliency"},
+    "__main__": {"model", "plot", "published", "saliency"},
+    "held_out": {"autocast", "criteria", "errors", "forward", "gradients", "inputs", "model"},
     "__init__": {
         *("double_backward", "errors", "gradients", "held_out", "loss", "metrics", "plot", "report", "saliency"),
         "transforms",

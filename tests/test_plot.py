@@ -57,6 +57,18 @@ def test_overlays():
     torch.testing.assert_close(plot.overlay(image[:1], shown, opacity=0), image[:1].expand(3, -1, -1))
 
 
+def test_overlays_of_what_is_no_picture():
+    image, shown = torch.rand(3, 5, 7), torch.rand(5, 7)
+    bad = [(image, 5 * shown), (image, shown * float("nan")), (image.expand(2, -1, -1, -1), shown.expand(2, -1, -1))]
+    for arguments in bad:
+        with pytest.raises(ValueError, match="expected one image, a map and an opacity in"):
+            plot.overlay(*arguments)
+    with pytest.raises(ValueError, match="expected one image, a map and an opacity in"):
+        plot.overlay(image, shown, opacity=5)
+    with pytest.raises(ValueError, match=r"expected a picture \(3, H, W\) in \[0, 1\], got torch.uint8 of \(3, 5, 7\)"):
+        plot.save(image.byte(), "picture.png")
+
+
 def test_saved_pictures_are_pixel_for_pixel(tmp_path):
     picture = torch.randint(256, (3, 5, 7)) / 255
     plot.save(picture, tmp_path / "picture.png")

@@ -315,8 +315,12 @@ def test_tokens_of_images_that_are_not_square():
 
 
 class Tokens(nn.Module):
-    def __init__(self, count):
+    """Named as a transformer of timm, or not."""
+
+    def __init__(self, count, prefix=None):
         super().__init__()
+        if prefix is not None:
+            self.num_prefix_tokens = prefix
         self.count, self.layer, self.head = count, nn.Identity(), nn.Linear(6, 3)
 
     def forward(self, x):
@@ -327,6 +331,36 @@ def test_tokens_that_are_no_grid():
     message = r"expected the output of layer 'layer' to be \(N, K, h, w\), got \(1, 10, 6\)"
     with pytest.raises(ValueError, match=message):
         saliency.grad_cam(Tokens(10), torch.rand(1, 3, 16, 32), "layer", 0)
+
+
+def test_other_sequences_are_no_grid():
+    """Of as many rows as a grid has positions, but of a model that nothing says to be a vision transformer."""
+    x = torch.rand(1, 3, 16, 32)
+    with pytest.raises(ValueError, match="expected the output of layer 'layer' to be"):
+        saliency.grad_cam(Tokens(8), x, "layer", 0)
+    assert saliency.grad_cam(Tokens(8, prefix=0), x, "layer", 0).shape == (1, 16, 32)
+    assert saliency.grad_cam(Tokens(8, prefix=1), x, "layer", 0).shape == (1, 16, 32)  # CaiT: the class comes later
+
+
+def test_windows_are_no_images():
+    model = timm.create_model("swin_tiny_patch4_window7_224", img_size=64, window_size=2, depths=(1, 1, 1, 1)).eval()
+    with pytest.raises(ValueError, match=r"to have one row for each of the 2 images, got shape \(128, 4, 96\)"):
+        saliency.grad_cam(model, torch.rand(2, 3, 64, 64), "layers.0.blocks.0.attn")
+
+
+@pytest.mark.parametrize("size", [(64, 64), (100, 100), (60, 80)])
+def test_swin_of_images_that_its_windows_do_not_divide(size):
+    torch.manual_seed(0)
+    model = torchvision.models.SwinTransformer([4, 4], 24, [1, 1], [2, 2], [2, 2], num_classes=10).eval()
+    x = torch.rand(2, 3, *size)
+    expected = saliency.eigen_cam(model, x, "features.3", reshape=lambda maps: maps.movedim(3, 1))
+    assert torch.equal(saliency.eigen_cam(model, x, "features.3"), expected)
+
+
+def test_channels_that_may_be_first_or_last_are_asked_for():
+    model = torchvision.models.SwinTransformer([4, 4], 24, [1, 1], [2, 2], [2, 2], num_classes=10).eval()
+    with pytest.raises(ValueError, match="to say where its channels are, got \\(1, 24, 24, 24\\)"):
+        saliency.eigen_cam(model, torch.rand(1, 3, 96, 96), "features.1")
 
 
 @pytest.mark.parametrize("name", CAMS)
@@ -687,7 +721,7 @@ def test_integrated_gradients(baseline):
     )
     with pytest.raises(ValueError, match=r"expected baseline to be a number or a tensor that broadcasts to \(.*, got"):
         saliency.integrated_gradients(model, x, y, baseline=torch.zeros(5, 5))
-    with pytest.raises(ValueError, match="expected steps >= 1, got 0"):
+    with pytest.raises(ValueError, match="expected steps >= 1, an integer, got 0"):
         saliency.integrated_gradients(model, x, y, steps=0)
 
 

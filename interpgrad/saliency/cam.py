@@ -132,8 +132,8 @@ def _of_gradients(combined: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -
     return _cam(maps, combined, None, None, gradients=True)
 
 
-def _of_scores(size: int, most: int | None = None) -> Callable[[_Maps], Cam]:
-    """A map of the scores of changed images."""
+def _of_scores(size: int | None, most: int | None = None) -> Callable[[_Maps], Cam]:
+    """A map without gradients, for instance of the scores of changed images."""
     return lambda maps: _cam(maps, maps, size, most, gradients=False)
 
 
@@ -210,25 +210,6 @@ def layer_cam(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     return _summed(g.clamp(min=0) * a)
 
 
-@_of_gradients
-def eigen_cam(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ARG001
-    """Eigen-CAM: w is the first right singular vector of A as a matrix of positions by channels.
-
-    It explains the layer, not a class: `target` changes nothing. Of both signs of w the one is taken whose map has the
-    larger sum; for activations of at least 0 that map has no other sign.
-
-    Source: Muhammad and Yeasin, arXiv 2008.00299, equation 3. Arguments and errors: see the module.
-
-    >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
-    >>> eigen_cam(model, torch.randn(2, 3, 8, 8), layer="1").shape
-    torch.Size([2, 8, 8])
-    """
-    finite = _over(a).nan_to_num(0, 0, 0)  # the map of what is not has NaN, and is refused
-    direction = torch.linalg.svd(finite.transpose(1, 2), full_matrices=False).Vh[:, 0]
-    sign = torch.where((finite.sum(2) * direction).sum(1, keepdim=True) < 0, -1, 1)
-    return _weighted(sign * direction, a)
-
-
 @_of_scores(64)
 def score_cam(probe: Layer, images: Inputs, given: Any, chunk_size: int | None) -> Tensor:
     """Score-CAM: w is the softmax over k of the target's logit for x times A_k, resized and scaled to [0, 1].
@@ -275,6 +256,26 @@ def ablation_cam(probe: Layer, images: Inputs, given: Any, chunk_size: int | Non
     ablated = score[:, None].expand(alive.shape).clone()
     ablated[alive] = ablated_scores(probe, images, classes, score, alive.nonzero(), chunk_size)
     return _map(*_weighted(score[:, None] - ablated, a), images)
+
+
+@_of_scores(None)
+def eigen_cam(probe: Layer, images: Inputs, given: Any, _: int | None) -> Tensor:
+    """Eigen-CAM: w is the first right singular vector of A as a matrix of positions by channels.
+
+    It explains the layer, not a class: `target` changes nothing. Of both signs of w the one is taken whose map has the
+    larger sum; for activations of at least 0 that map has no other sign.
+
+    Source: Muhammad and Yeasin, arXiv 2008.00299, equation 3. Arguments and errors: see the module.
+
+    >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
+    >>> eigen_cam(model, torch.randn(2, 3, 8, 8), layer="1").shape
+    torch.Size([2, 8, 8])
+    """
+    a = _read(probe, images, given)[0]
+    finite = _over(a).nan_to_num(0, 0, 0)  # the map of what is not has NaN, and is refused
+    direction = torch.linalg.svd(finite.transpose(1, 2), full_matrices=False).Vh[:, 0]
+    sign = torch.where((finite.sum(2) * direction).sum(1, keepdim=True) < 0, -1, 1)
+    return _map(*_weighted(sign * direction, a), images)
 
 
 def guided_grad_cam(
@@ -344,7 +345,7 @@ def _scaled(maps: Tensor) -> Tensor:
 def _prepare(
     model: nn.Module,
     x: Tensor,
-    layer: Any,  # one: `_of_each_layer` has seen to lists
+    layer: Any,
     reshape: Reshape | None,
     model_kwargs: Mapping[str, Any] | None,
 ) -> tuple[Layer, Inputs]:

@@ -155,14 +155,14 @@ def integrated_gradients(
     torch.Size([2, 3, 8, 8])
     """
     inputs = Inputs(check_images(x).detach(), model_kwargs)
-    if steps < 1:
-        raise ValueError(f"expected steps >= 1, got {steps}.")
+    if not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"expected steps >= 1, an integer, got {steps!r}.")
     try:
         start = torch.as_tensor(baseline, dtype=x.dtype, device=x.device).detach().expand_as(x)
-    except RuntimeError:
+    except (RuntimeError, TypeError, ValueError):
+        received = tuple(baseline.shape) if isinstance(baseline, Tensor) else repr(baseline)
         raise ValueError(
-            f"expected baseline to be a number or a tensor that broadcasts to {tuple(x.shape)}, got "
-            f"{tuple(torch.as_tensor(baseline).shape)}."
+            f"expected baseline to be a number or a tensor that broadcasts to {tuple(x.shape)}, got {received}."
         ) from None
     difference = inputs.x - start
 
@@ -188,7 +188,8 @@ def _mean_gradient(
         with evaluation_mode(model, gradients=False):
             logits = torch.cat([images.logits(model) for images, _ in chunks(inputs, None, chunk_size)])
             classes = classes_to_explain(None, logits)
-    classes = torch.as_tensor(classes, device=x.device).expand(len(x))
+    classes = torch.as_tensor(classes, device=x.device)
+    classes = (classes[:, 0] if classes.dim() == 2 else classes).expand(len(x))
     total = torch.zeros_like(x)
     pairs = [(image, each) for image in range(len(x)) for each in range(count)]
     for part in (pairs[first : first + size] for first in range(0, len(pairs), size)):

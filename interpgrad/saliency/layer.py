@@ -46,6 +46,11 @@ class Layer:
                 raise TypeError(
                     f"expected layer {self.name!r} to return a tensor, got {type(output).__name__}: choose another one."
                 )
+            if output.dim() == 0 or len(output) != len(inputs):
+                raise ValueError(
+                    f"expected layer {self.name!r} to have one row for each of the {len(inputs)} images, got shape "
+                    f"{tuple(output.shape)}: choose a layer outside of windows or patches."
+                )
             return change(output)
 
         with removed_hooks() as hooks:
@@ -72,17 +77,22 @@ class Layer:
         return maps.to(torch.promote_types(maps.dtype, torch.float32))
 
     def _usual_reshape(self, output: Tensor) -> Reshape | None:
-        """Of the tokens (N, T, K) of a vision transformer the grid; of Swin's (N, h, w, K) the channels first."""
-        if len(self.size) != 2:
+        """Of the tokens (N, T, K) of a vision transformer the grid; of (N, h, w, K) the channels first."""
+        if len(self.size) != 2 or hasattr(self.model, "reroll"):  # Hiera's tokens are in an order of their own
             return None
-        if output.dim() == 4 and _is_swin(self.model) and _is_grid(output.shape[1:3], self.size):
-            return None if _is_grid(output.shape[2:], self.size) else lambda maps: maps.movedim(3, 1)
+        if output.dim() == 4 and is_grid(output.shape[1:3], self.size, padded=_is_swin(self.model)):
+            if not is_grid(output.shape[2:], self.size):
+                return lambda maps: maps.movedim(3, 1)
+            if _is_swin(self.model):
+                raise ValueError(
+                    f"expected the output of layer {self.name!r} to say where its channels are, got "
+                    f"{tuple(output.shape)}: pass reshape=lambda maps: maps.movedim(3, 1) if they come last."
+                )
         if output.dim() == 3:
-            known = getattr(self.model, "num_prefix_tokens", None)  # timm's: class and distillation tokens, registers
-            for before in (0, 1) if known is None else (known,):
+            for before in _tokens_before_the_grid(self.model):
                 height = round(((output.shape[1] - before) * self.size[0] / self.size[1]) ** 0.5)
                 grid = torch.Size((height, (output.shape[1] - before) // max(1, height)))
-                if grid.numel() == output.shape[1] - before and _is_grid(grid, self.size):
+                if grid.numel() == output.shape[1] - before and is_grid(grid, self.size):
                     return lambda tokens: tokens[:, -grid.numel() :].transpose(1, 2).reshape(len(tokens), -1, *grid)
         return None
 
@@ -96,7 +106,8 @@ class Layer:
             values = torch.zeros_like(output[:1]).float().requires_grad_()
             maps = self.reshape(values)
             numbers = torch.arange(1, maps.shape[1] + 1, device=output.device, dtype=maps.dtype)
-            (channel_of,) = torch.autograd.grad(maps, values, numbers.view(1, -1, 1, 1).expand_as(maps))
+            numbers = numbers.view(1, -1, *[1] * (maps.dim() - 2)).expand_as(maps)
+            (channel_of,) = torch.autograd.grad(maps, values, numbers)
         return output.masked_fill_(channel_of == (channel + 1).view(-1, *[1] * (output.dim() - 1)), 0)
 
 
@@ -105,9 +116,22 @@ def _is_swin(model: nn.Module) -> bool:
     return getattr(model, "output_fmt", None) == "NHWC" or "swin_transformer" in type(model).__module__
 
 
-def _is_grid(shape: torch.Size, size: torch.Size) -> bool:
-    """Whether positions of this shape are images of this size, divided into equal squares."""
-    return bool(shape.numel()) and size[0] % shape[0] == 0 and size[0] * shape[1] == size[1] * shape[0]
+def _tokens_before_the_grid(model: nn.Module) -> tuple[int, ...]:
+    """How many there may be in a vision transformer of timm, torchvision or transformers; none in other models."""
+    known = getattr(model, "num_prefix_tokens", None)  # timm's: class and distillation tokens, registers
+    if known is not None:
+        return (known, 0)
+    is_transformer = type(model).__module__ == "torchvision.models.vision_transformer" or hasattr(
+        getattr(model, "config", None), "patch_size"
+    )
+    return (1, 0) if is_transformer else ()
+
+
+def is_grid(shape: torch.Size, size: torch.Size, *, padded: bool = False) -> bool:
+    """Whether positions of this shape are images of this size, divided into equal squares, at most one of padding."""
+    if not shape.numel() or shape[0] > size[0]:
+        return False
+    return abs(size[0] * shape[1] - size[1] * shape[0]) <= (max(size) if padded else 0)
 
 
 def _find(model: nn.Module, layer: nn.Module | str) -> tuple[nn.Module, str]:
