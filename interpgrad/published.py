@@ -92,7 +92,8 @@ def last_layer(model: nn.Module, images: Tensor) -> str:
             handle.remove()
     once = [name for name in grids if called.count(name) == 1]
     if not once or (norms and called.index(norms[-1]) > called.index(once[-1])):
-        near = f", for instance {norms[-2]}" if len(norms) > 1 else ""
+        first = [name for name in norms if name.endswith("1")]  # norm1, ln_1: of a block, what its attention sees
+        near = f", for instance {first[-1]}" if first else ""
         raise BadInputError(f"expected a last layer whose output is (N, K, h, w), found none: name one{near}.")
     return once[-1]
 

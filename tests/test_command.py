@@ -102,7 +102,7 @@ def test_the_last_layer_with_positions():
     swin = timm.create_model("swin_tiny_patch4_window7_224", img_size=64, window_size=2, depths=(1, 1, 1, 1)).eval()
     assert published.last_layer(swin, torch.rand(1, 3, 64, 64)) == "norm"
     vit = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=2).eval()
-    with pytest.raises(published.BadInputError, match=r"found none: name one, for instance blocks.1.norm2"):
+    with pytest.raises(published.BadInputError, match=r"found none: name one, for instance blocks.1.norm1"):
         published.last_layer(vit, torch.rand(1, 3, 64, 64))
     with pytest.raises(published.BadInputError, match="expected a last layer whose output is"):
         published.last_layer(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 3)), torch.rand(1, 3, 2, 2))
