@@ -165,6 +165,21 @@ def attempts(stored: dict[str, Any]) -> str:
     return "\n\n".join(paired_table({base: group[base]} | group, base) for base, group in groups.items())
 
 
+def small_data(stored: dict[str, Any]) -> str:
+    """The recipe on few photographs, beside the network of the same seed without it."""
+    from comparisons import paired_table
+
+    tables = []
+    for count in dict.fromkeys(title.partition(", ")[0] for title in stored["results"]):
+        of_count = [title for title in stored["results"] if title.startswith(count)]
+        rows = {
+            title: {seed: figures["log_prob"] for seed, figures in sorted(stored["results"][title].items())}
+            for title in of_count
+        }
+        tables.append(paired_table(rows, of_count[0]))
+    return "\n\n".join(tables)
+
+
 # what of it is shown -> the heading, and the direction that is the better
 PARETO = {
     "accuracy": "accuracy ↑",
@@ -333,6 +348,7 @@ TABLES = {
     ("docs/evidence/photographs.md", "cifar10-cpu-gradients"): (cifar10_gradients, "cifar10-cpu.json"),
     ("docs/evidence/photographs.md", "resnet18-gradients"): (cifar10_gradients, "cifar10-resnet18.json"),
     ("docs/evidence/photographs-maps.md", "resnet18-maps"): (cifar10_maps, "cifar10-resnet18.json"),
+    ("docs/evidence/photographs.md", "small-data"): (small_data, "small-data.json"),
     ("docs/evidence/attempts.md", "attempts"): (attempts, "attempts.json"),
     ("docs/evidence/pareto-all.md", "pareto"): (pareto, "pareto.json"),
     ("docs/evidence/pareto-all.md", "resnet18"): (pareto, "pareto-resnet18.json"),
