@@ -15,7 +15,8 @@ from traces import same, trace
 
 from interpgrad import InterpretableGradientLoss, fast_double_backward, input_gradients, metrics, saliency
 
-pytestmark = pytest.mark.slow
+# Ctrl-C may come inside of a callback of another package, which cannot raise it.
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")]
 
 INTERRUPTS = 300  # of each call
 
