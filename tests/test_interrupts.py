@@ -15,8 +15,8 @@ from traces import same, trace
 
 from interpgrad import InterpretableGradientLoss, fast_double_backward, input_gradients, metrics, saliency
 
-# Ctrl-C may come inside of a callback of another package, which cannot raise it.
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")]
+# Ctrl-C may come inside of a callback of another package, which cannot raise it; and a warning as an error is another.
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
 
 INTERRUPTS = 300  # of each call
 
