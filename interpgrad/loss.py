@@ -249,7 +249,8 @@ class InterpretableGradientLoss(nn.Module):
         settings = Settings(self.criterion, self.batch_norm, self.activations, self.ignore_index)
         try:
             with backward_passes(forward, y, settings, create_graph=differentiable, verified=self._verified) as passes:
-                t = make_target(self.target, given, passes, self.error, first=self.penalty is None)  # a constant
+                first = self.penalty is None and not self._tried
+                t = make_target(self.target, given, passes, self.error, first=first)  # a constant
                 delta = passes.attached_delta  # J^T v, on a graph: one backward pass with create_graph
         except RuntimeError as error:
             if "second time" not in str(error) or self._recorder is None or forward is not self._recorder.forward:

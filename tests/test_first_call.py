@@ -265,7 +265,7 @@ def test_arguments_of_the_model_may_have_any_name():
 def test_a_repeated_warning_is_given_once():
     """A mask of zeros is spoken of at the trial."""
     model, (x, y) = small_net(), data()
-    reg = InterpretableGradientLoss(model, "outside", target="given", start=5)
+    reg = InterpretableGradientLoss(model, "outside", target="given", start=2)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(3):
