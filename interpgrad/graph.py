@@ -183,9 +183,13 @@ def _refuse_detached(name: str, gradients: tuple[Tensor | None, ...], outer: tup
         _refuse_double_backward(name, "its backward returns a gradient without a graph")
 
 
-def no_path_to_images() -> RuntimeError:
+class NoPathError(RuntimeError):
+    """No gradient of the images can be taken."""
+
+
+def no_path_to_images() -> NoPathError:
     """The error for an object, or logits, in which no gradient of the images can be taken."""
-    return RuntimeError(
+    return NoPathError(
         "expected a criterion that depends on the images, got one with no path back to them: look for "
         "torch.no_grad() or .detach() inside the model or the criterion."
     )

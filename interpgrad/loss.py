@@ -19,6 +19,7 @@ from interpgrad.criteria import IGNORED, Criterion, CriterionName
 from interpgrad.errors import ERRORS, NAMED, Error, ErrorName, cos
 from interpgrad.forward import Forward, Recorder, check_batch, forward_without_trace, random_state_restored
 from interpgrad.gradients import backward_passes
+from interpgrad.graph import NoPathError
 from interpgrad.model import exclusive_use
 from interpgrad.settings import Activations, Reduction, Settings, Statistics
 from interpgrad.targets import Target, TargetName, check_given, check_target, make_target
@@ -226,7 +227,12 @@ class InterpretableGradientLoss(nn.Module):
         trial = nullcontext() if due else random_state_restored(self.model, x)  # whose result is thrown away
         with exclusive_use(self.model), torch.enable_grad(), trial:
             forward = self._forward_pass(x, args, kwargs, training)
-            errors, cosine = self._evaluate(forward, y, given, differentiable=training and (weight != 0 or tries))
+            try:
+                errors, cosine = self._evaluate(forward, y, given, differentiable=training and (weight != 0 or tries))
+            except NoPathError:
+                if due:
+                    raise
+                errors, cosine = x.new_zeros(len(x)), None  # the images' part of the network is not trained yet
             value = errors.mean() if self.reduction == "mean" else errors
 
         if training:

@@ -298,3 +298,27 @@ def test_one_image_without_a_batch():
     for target in (y[:1], y[0]):
         with pytest.raises(ValueError, match=r"expected one target for each of the 3 images, .* pass one image as a"):
             InterpretableGradientLoss(model)(x[0], target)
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["plain", "shared"])
+def test_a_backbone_that_is_not_trained_at_first(shared):
+    """Under no_grad for some steps: no fault before `start`, named after it."""
+
+    class Frozen(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net, self.head, self.waits = small_net(), nn.Linear(4, 4).double(), True
+
+        def forward(self, x):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not self.waits):
+                h = self.net(x)
+            return self.head(h)
+
+    model, (x, y) = Frozen(), data()
+    reg = InterpretableGradientLoss(model, start=3)
+    for _ in range(3):
+        assert call(reg, model, x, y, shared) == 0
+    with pytest.raises(RuntimeError, match="expected a criterion that depends on the images"):
+        call(reg, model, x, y, shared)
+    model.waits = False
+    assert call(reg, model, x, y, shared) > 0

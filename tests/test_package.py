@@ -48,7 +48,7 @@ MAY_IMPORT = {
     },
     "targets": {"autocast", "errors", "gradients", "transforms"},
     "loss": {
-        *("autocast", "criteria", "errors", "forward", "gradients", "model", "private", "settings"),
+        *("autocast", "criteria", "errors", "forward", "gradients", "graph", "model", "private", "settings"),
         *("targets", "transforms"),
     },
     "report": {
