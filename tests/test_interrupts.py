@@ -94,6 +94,13 @@ def outside(model):
     }
 
 
+@pytest.fixture(autouse=True)
+def stance():
+    """That of torch.compile, which torch's own context leaves at "force_eager" where it is interrupted."""
+    yield
+    torch.compiler.set_stance("default")
+
+
 @pytest.fixture(params=["Ctrl-C", "timer"])
 def interrupt(request):
     """A function (seconds) that interrupts the main thread so much later; the exception is the second result."""
