@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from interpgrad.autocast import at_least_single
 from interpgrad.criteria import IGNORED, Criterion, CriterionName
 from interpgrad.errors import cos
-from interpgrad.forward import check_batch
-from interpgrad.gradients import input_gradients
-from interpgrad.inputs import Inputs
-from interpgrad.model import evaluation_mode
+from interpgrad.forward import check_batch, forward_without_trace
+from interpgrad.gradients import backward_passes
+from interpgrad.model import class_logits, evaluation_mode
+from interpgrad.settings import Settings
 
 _NORMAL = 1.959964  # of a 95% interval
 
@@ -67,7 +67,7 @@ def measure(
     device = next((each.device for each in itertools.chain(model.parameters(), model.buffers())), None)
     if limit is not None and (not isinstance(limit, int) or limit < 1):
         raise ValueError(f"expected limit to be a number of images, or None, got {limit!r}.")
-    right, cosines, left = [], [], limit
+    right, cosines, left, settings = [], [], limit, Settings(criterion)
     for batch in batches:
         if left == 0:
             break
@@ -85,10 +85,11 @@ def measure(
                 f"expected class indices (N,), one for each of the {len(x)} images, got {y.dtype} of shape "
                 f"{tuple(y.shape)}: give probabilities as y.argmax(1)."
             )
-        with evaluation_mode(model, gradients=False):
-            logits = Inputs(x, None).logits(model)
         with evaluation_mode(model, gradients=True):
-            delta, guided = map(at_least_single, input_gradients(model, x, y, criterion=criterion))
+            forward = forward_without_trace(model, x)
+            with backward_passes(forward, y, settings, create_graph=False) as passes:
+                delta, guided = (at_least_single(passes.gradient(guided=each)) for each in (False, True))
+        logits = class_logits(forward.logits.detach())
         kept = y.reshape(-1) != IGNORED
         right.append((logits.argmax(1) == y.reshape(-1))[kept].double().cpu())
         cosines.append(1 - cos(delta, guided)[kept].double().cpu())

@@ -59,7 +59,7 @@ MAY_IMPORT = {
     "saliency": {"autocast", "cleanup", "criteria", "forward", "gradients", "inputs", "model", "settings"},
     "published": {"saliency"},
     "__main__": {"model", "plot", "published", "saliency"},
-    "held_out": {"autocast", "criteria", "errors", "forward", "gradients", "inputs", "model"},
+    "held_out": {"autocast", "criteria", "errors", "forward", "gradients", "model", "settings"},
     "__init__": {
         *("double_backward", "errors", "gradients", "held_out", "loss", "metrics", "plot", "report", "saliency"),
         "transforms",
