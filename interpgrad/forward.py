@@ -10,16 +10,16 @@ import sys
 import threading
 import weakref
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from interpgrad import graph
+from interpgrad import graph, private
 from interpgrad.autocast import without_autocast
-from interpgrad.cleanup import finally_call, removed_hooks
+from interpgrad.cleanup import OfAllThreads, finally_call, removed_hooks
 from interpgrad.double_backward import fast_double_backward
 from interpgrad.double_backward.engine import Root
 from interpgrad.double_backward.sync_batch_norm import replaced_sync_batch_norm
@@ -361,9 +361,8 @@ def random_state_restored(module: nn.Module, x: Tensor) -> Iterator[None]:
             numpy.random.set_state(of_numpy)
 
 
-def _eager() -> AbstractContextManager[None]:
-    """Run modules and functions that were compiled eagerly: their graphs have no double backward."""
-    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+# Modules and functions that were compiled run eagerly: their graphs have no double backward.
+_eager = OfAllThreads(private.stance, private.set_stance, lambda stance: type(stance)("force_eager"))
 
 
 def is_compiled(module: nn.Module) -> bool:

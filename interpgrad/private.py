@@ -16,7 +16,6 @@ Functions below have those that are asked here. Elsewhere, where they belong to 
 | `_is_view` | on_views.py | copies for all activations in place |
 | `_Loss` | criteria.py | a list of torch's losses |
 | `_orig_mod` | model.py | only modules compiled in place |
-| `_dynamo`, in sys.modules | forward.py | compiled parts are taken for given |
 
 All are in torch 2.8 to 2.14; tests/test_private.py holds that this list is whole. If one is missing, there is an
 AttributeError or what is said here, never a wrong value.
@@ -153,6 +152,17 @@ def untraced(function: Callable[P, T]) -> Callable[P, T]:
     """The function as torch.compile leaves it alone: `_disable_dynamo`. torch.compiler.disable imports the compiler."""
     disabled: Callable[P, T] = torch._disable_dynamo(function)  # type: ignore[attr-defined]
     return disabled
+
+
+def stance() -> Any:
+    """Of torch.compile, None before somebody imports it: `_stance`."""
+    dynamo = sys.modules.get("torch._dynamo.eval_frame")
+    return dynamo and dynamo._stance
+
+
+def set_stance(stance: Any) -> None:
+    """`_set_stance`. `torch.compiler.set_stance` does the same, but leaves what it has set where it is interrupted."""
+    sys.modules["torch._dynamo.eval_frame"]._set_stance(stance)
 
 
 def is_compiled_wrapper(module: nn.Module) -> bool:

@@ -8,6 +8,7 @@ import time
 
 import pytest
 import torch
+import torch._dynamo  # whose stance is watched
 import torch.nn.functional as F
 from nets import data, seeded, small_net
 from torch import nn
@@ -88,17 +89,11 @@ def outside(model):
         ("mem_efficient", torch.backends.cuda.mem_efficient_sdp_enabled()),
         ("math", torch.backends.cuda.math_sdp_enabled()),
         ("gradients", torch.is_grad_enabled()),
+        ("stance of torch.compile", torch._dynamo.eval_frame._stance.stance),
         ("contexts of autocast", contexts_of_autocast()),
         ("training", tuple(module.training for module in model.modules())),
         ("state", tuple(model.state_dict())),
     }
-
-
-@pytest.fixture(autouse=True)
-def stance():
-    """That of torch.compile, which torch's own context leaves at "force_eager" where it is interrupted."""
-    yield
-    torch.compiler.set_stance("default")
 
 
 @pytest.fixture(params=["Ctrl-C", "timer"])

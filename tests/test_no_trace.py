@@ -12,6 +12,7 @@ from torch import nn
 from traces import assert_same_trace, same, trace
 
 from interpgrad import InterpretableGradientLoss, input_gradients
+from interpgrad.cleanup import OfAllThreads
 
 
 class Raises(nn.Module):
@@ -219,3 +220,18 @@ def test_copies_and_pickles_between_a_shared_forward_and_its_loss():
     for clone in (copy.deepcopy(reg), pickle.loads(pickle.dumps(reg))):
         torch.testing.assert_close(clone(x, y), InterpretableGradientLoss(model, lam=1.0)(x, y))
     assert reg(x, y) > 0
+
+
+def test_what_is_of_all_threads_is_taken_back_by_the_last_to_leave():
+    """However they overlap, the state is the first one's again; and after the user changed it, the new one."""
+    state = {}
+    other = OfAllThreads(lambda: state["now"], lambda value: state.update(now=value), lambda before: f"not {before}")
+    for before in ("before", "changed"):
+        state["now"] = before
+        first, second = other(), other()
+        first.__enter__()
+        second.__enter__()
+        first.__exit__(None, None, None)
+        assert state["now"] == f"not {before}"
+        second.__exit__(None, None, None)
+        assert state["now"] == before
