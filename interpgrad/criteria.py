@@ -82,6 +82,13 @@ def refuse_out_of_range(logits: Tensor, y: Any, ignore_index: int) -> None:
         )
 
 
+def kept_images(logits: Tensor, y: Any, ignore_index: int) -> Tensor:
+    """Whether each image has a target that is not to be ignored, (N,)."""
+    y = _targets(logits, y, ignore_index)
+    kept: Tensor = y != IGNORED
+    return kept.reshape(len(y), -1).any(1)
+
+
 def _log_prob(logits: Tensor, y: Tensor, create_graph: bool) -> Tensor:  # noqa: ARG001
     """e_y - p, or y - p sum(y), as sums over the other classes: 1 - p_y cancels where the network is sure.
 

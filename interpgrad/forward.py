@@ -91,7 +91,7 @@ def forward_without_trace(
     with (
         random_state_restored(module, x),
         _recording(module, batch_norm, without_trace=True) as recording,
-        _eager(),
+        eager(),
     ):
         try:
             output = call(module, model_input, args, kwargs)
@@ -107,6 +107,7 @@ class Recorder:
 
     def __init__(self, batch_norm: str) -> None:
         self.forward: Forward | None = None
+        self.arguments: list[Any] = []  # of that call, the images among them
         self.finished = 0
         self._batch_norm = batch_norm
         self._thread: int | None = threading.get_ident()
@@ -156,6 +157,7 @@ class Recorder:
             self._calls[-1] = (*root.source, root)
             return None
         x = check_images(x)
+        self.arguments = list(given.values())
         image, model_input = _root_of_graph(x)
         self._calls[-1] = x, image, model_input.grad_fn
         given[key] = model_input
@@ -295,9 +297,8 @@ def _own_buffers(module: nn.Module) -> Iterator[None]:
             if lent.users:
                 return
             _lent.pop(module, None)
-            for part, own, clones, before in zip(*lent[:4], strict=True):
-                made = _made(part, own, clones, before)
-                part._buffers.update((name, buffer) for name, buffer in own.items() if name not in made)
+            for each in zip(*lent[:4], strict=True):
+                _give_back(*each)
 
     with finally_call(give_back):
         with _lending:
@@ -305,7 +306,7 @@ def _own_buffers(module: nn.Module) -> Iterator[None]:
             if lent is None:
                 parts = list(module.modules())
                 own = [dict(part._buffers) for part in parts]
-                lent = _Lent(parts, own, _clones(own), [dict(vars(part)) for part in parts], set())
+                lent = _Lent(parts, own, _clones(own), [_attributes(part) for part in parts], set())
                 _lent[module] = lent
             lent.users.add(user)
             if len(lent.users) == 1:
@@ -320,28 +321,39 @@ def _clones(own: list[Buffers]) -> list[Buffers]:
     return [{name: clones.get(id(buffer)) for name, buffer in each.items()} for each in own]
 
 
-def _made(part: nn.Module, own: Buffers, clones: Buffers, before: dict[str, Any]) -> set[str]:
-    """The buffers that the pass has made, and that stay: a table for the size of the images, for instance.
+def _attributes(part: nn.Module) -> dict[str, Any]:
+    return vars(part) | part._parameters | part._modules
 
-    Others are statistics. It is made where there was none, where its shape is another, or where it is another tensor
-    and an attribute of its module has changed: that may say what it holds.
+
+def _give_back(part: nn.Module, own: Buffers, clones: Buffers, before: dict[str, Any]) -> None:
+    """Its own buffers, and plain attributes if no others changed: one may be the size that a table is for.
+
+    Where the pass made a buffer, or one of another shape, all that it replaced stay: attributes may say what they hold.
+
+    NOTE. Not covered: a size in a dict, a list or another module, beside a table of the same shape. Nor one that is a
+    buffer written in place, beside a table of another shape.
     """
     found = part._buffers
-    made = {name for name in own if found.get(name) is not clones[name]}
-    if any(_differs(value, before.get(name)) for name, value in vars(part).items()):
-        return made
-    return {name for name in made if _shape(found.get(name)) != _shape(own[name])}
+    reshaped = {name for name in own if _shape(found.get(name)) != _shape(own[name])}
+    if reshaped or found.keys() - own.keys():
+        replaced = {name for name in own if found.get(name) is not clones[name]}
+        found.update((name, buffer) for name, buffer in own.items() if name not in reshaped | replaced)
+    elif own:
+        found.update(own)
+        vars(part).update(_plain_before(before, _attributes(part)))
 
 
 def _shape(buffer: Tensor | None) -> torch.Size | None:
     return None if buffer is None else buffer.shape
 
 
-def _differs(value: Any, before: Any) -> bool:
-    """Numbers, strings and tuples of them by value, all else by identity."""
-    parts = value if isinstance(value, tuple) else (value,)
-    plain = type(value) is type(before) and all(type(each) in (bool, int, float, str) for each in parts)
-    return value is not before and not (plain and value == before)
+def _plain_before(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+    """The values before of those that have others now, if all are numbers, strings, None, or tuples of these."""
+    changed = {name: value for name, value in before.items() if after.get(name) is not value}
+    values = [*changed.values(), *(after.get(name) for name in changed)]
+    parts = [part for value in values for part in (value if isinstance(value, tuple) else (value,))]
+    plain = all(type(part) in (bool, int, float, str, type(None)) for part in parts)
+    return changed if plain and before.keys() == after.keys() else {}
 
 
 @contextmanager
@@ -362,7 +374,7 @@ def random_state_restored(module: nn.Module, x: Tensor) -> Iterator[None]:
 
 
 # Modules and functions that were compiled run eagerly: their graphs have no double backward.
-_eager = OfAllThreads(private.stance, private.set_stance, lambda stance: type(stance)("force_eager"))
+eager = OfAllThreads(private.stance, private.set_stance, lambda stance: type(stance)("force_eager"))
 
 
 def is_compiled(module: nn.Module) -> bool:

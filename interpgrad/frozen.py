@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from interpgrad import graph
+from interpgrad import graph, private
 from interpgrad.cleanup import removed_hooks
 from interpgrad.double_backward.batch_norm import BatchNorm, Scaling
 from interpgrad.double_backward.engine import Function, apply_each, frozen_pass, in_frozen_pass, needed
@@ -45,7 +45,8 @@ class RecordedGraph(NamedTuple):
         """A copy of `output`: in backward passes that begin there, batch statistics are constants."""
         with removed_hooks() as hooks, frozen_pass(output) as copy:
             for node in _of(self.operations, _STOCK):
-                hooks.append(node.register_hook(_Scaled(node)))
+                if _of_batch(node):
+                    hooks.append(node.register_hook(_Scaled(node)))
             yield copy
 
 
@@ -56,7 +57,7 @@ class _Scaled:
         self.node = node
 
     def __call__(self, gradients: tuple[Tensor | None, ...], outer: tuple[Tensor, ...]) -> Any:
-        if gradients[0] is None or not (_in_training(self.node) and in_frozen_pass()):
+        if gradients[0] is None or not in_frozen_pass():
             return None
         weight, invstd = self.node._saved_weight, self.node._saved_result2
         return apply_each(Scaling, outer[0], weight, invstd), *gradients[1:]
@@ -69,8 +70,15 @@ def batch_statistics(operations: graph.Operations) -> set[Node]:
     return {
         *_of(operations, _OURS),
         *(node for node in of_ours if node.freezable and node.kernel is not None),
-        *(node for node in of_stock if _in_training(node)),
+        *(node for node in of_stock if _of_batch(node)),
     }
+
+
+def _of_batch(node: Any) -> bool:
+    """Of a stock node. Of one row, where inference has no running statistics, they are no batch's: of instance norm."""
+    if not _in_training(node):
+        return False
+    return private.rows_of(node) > 1 or getattr(node, "_saved_running_mean", None) is not None
 
 
 def _in_training(node: Any) -> bool:
@@ -81,9 +89,11 @@ def _in_training(node: Any) -> bool:
 def statistics(operations: graph.Operations) -> tuple[set[Node], set[Node], set[Node]]:
     """The nodes that normalize with the statistics of the batch, with running ones, and with each sample's own."""
     of_ours: Any = _of(operations, (BatchNorm.operation,))
+    of_stock = _of(operations, _STOCK)
     batch = batch_statistics(operations)
     sample = {node for node in of_ours if not node.freezable and node.kernel is not None}
-    return batch, {*_of(operations, _STOCK + _RUNNING), *of_ours} - batch - sample, sample
+    sample |= {node for node in of_stock if _in_training(node)} - batch
+    return batch, {*of_stock, *_of(operations, _RUNNING), *of_ours} - batch - sample, sample
 
 
 def is_separate(gradient: Tensor, until: Tensor) -> bool:

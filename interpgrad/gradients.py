@@ -210,7 +210,9 @@ class Passes:
         with nullcontext() if verified else graph.refusing_detached(network.operations):
             delta = self._backward(leaf, create_graph=True)
         if not verified:
-            graph.refuse_failing_double_backward(delta, image, network.operations)
+            # Where v was a leaf, delta's graph ends there, and not in the backward pass of the criterion.
+            for gradient, until in ((delta, image), (v, self._forward.logits)):
+                graph.refuse_failing_double_backward(gradient, until, network.operations)
             self._verified.add(names)
         if not norms or (leaf is v and norms.isdisjoint(graph.nodes(delta, until=image))):
             return delta

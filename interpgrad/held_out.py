@@ -88,7 +88,8 @@ def measure(
         with evaluation_mode(model, gradients=True):
             forward = forward_without_trace(model, x)
             with backward_passes(forward, y, settings, create_graph=False) as passes:
-                delta, guided = (at_least_single(passes.gradient(guided=each)) for each in (False, True))
+                # The guided one first: it names what hides its activations.
+                guided, delta = (at_least_single(passes.gradient(guided=each)) for each in (True, False))
         logits = class_logits(forward.logits.detach())
         kept = y.reshape(-1) != IGNORED
         right.append((logits.argmax(1) == y.reshape(-1))[kept].double().cpu())

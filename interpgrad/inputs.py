@@ -50,11 +50,11 @@ class Inputs:
         return any(map(_has_rows, self.kwargs.values()))
 
 
-def check_finite(x: Tensor) -> None:
-    """Refuse images (N, ...) with NaN or infinity."""
+def check_finite(x: Tensor, what: str = "images") -> None:
+    """Refuse images (N, ...), or maps, with NaN or infinity."""
     unusable = (~x.isfinite()).flatten(1).any(1)
     if unusable.any():
-        raise ValueError(f"expected finite images, got NaN or infinity in {which(unusable)}: mend or drop them first.")
+        raise ValueError(f"expected finite {what}, got NaN or infinity in {which(unusable)}: mend or drop them first.")
 
 
 def which(marked: Tensor) -> str:

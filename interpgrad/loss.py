@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from interpgrad import private
 from interpgrad.autocast import at_least_single, without_autocast
-from interpgrad.criteria import IGNORED, Criterion, CriterionName
+from interpgrad.criteria import IGNORED, Criterion, CriterionName, kept_images
 from interpgrad.errors import ERRORS, NAMED, Error, ErrorName, cos
 from interpgrad.forward import Forward, Recorder, check_batch, forward_without_trace, random_state_restored
 from interpgrad.gradients import backward_passes
@@ -71,7 +71,8 @@ class InterpretableGradientLoss(nn.Module):
             at a smaller price.
         warmup: the number of calls after `start` over which the weight grows linearly from 0 to lam.
         activations: "all", every rectifier, or "relu", the piecewise-linear family alone.
-        ignore_index: the class index of images, or pixels, that a criterion by name leaves out.
+        ignore_index: the class index of images, or pixels, that a criterion by name leaves out. An image of no others
+            has the value 0 and no gradient, and counts in no mean.
         transform: "low_pass", or a differentiable callable, applied to delta and its target before the error. A mask
             is left as it is.
         reduction: "mean", or "none": lam * E of each image, (N,). `penalty` and `logs()` stay means.
@@ -228,12 +229,14 @@ class InterpretableGradientLoss(nn.Module):
         with exclusive_use(self.model), torch.enable_grad(), trial:
             forward = self._forward_pass(x, args, kwargs, training)
             try:
-                errors, cosine = self._evaluate(forward, y, given, differentiable=training and (weight != 0 or tries))
+                r, errors, cosine = self._evaluate(
+                    forward, y, given, differentiable=training and (weight != 0 or tries)
+                )
             except NoPathError:
                 if due:
                     raise
-                errors, cosine = x.new_zeros(len(x)), None  # the images' part of the network is not trained yet
-            value = errors.mean() if self.reduction == "mean" else errors
+                r, errors, cosine = x.new_zeros(()), x.new_zeros(len(x)), None  # the backbone is not trained yet
+            value = r if self.reduction == "mean" else errors
 
         if training:
             self._tried = True
@@ -242,7 +245,7 @@ class InterpretableGradientLoss(nn.Module):
             self._recorder = None
             forward.close()
         if due:
-            self.penalty, self.cosine = errors.detach().mean(), cosine  # R
+            self.penalty, self.cosine = r.detach(), cosine
             self._term = weight * self.penalty
         if not training:
             return weight * value.detach()
@@ -250,8 +253,8 @@ class InterpretableGradientLoss(nn.Module):
 
     def _evaluate(
         self, forward: Forward, y: Any, given: Tensor | None, *, differentiable: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """E(delta, t) of each image, (N,), and the mean cosine of delta and t."""
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """R, E(delta, t) of each image, (N,), and the mean cosine of delta and t."""
         settings = Settings(self.criterion, self.batch_norm, self.activations, self.ignore_index)
         try:
             with backward_passes(forward, y, settings, create_graph=differentiable, verified=self._verified) as passes:
@@ -267,9 +270,14 @@ class InterpretableGradientLoss(nn.Module):
             ) from error
         delta, t = at_least_single(delta), at_least_single(t)
         with without_autocast(forward.x.device):
-            errors = self._errors(delta, t)
+            kept = torch.ones(len(delta), dtype=torch.bool, device=delta.device)
+            if isinstance(self.criterion, str):
+                kept = kept_images(forward.logits, y, self.ignore_index).to(delta.device)
+            errors = self._errors(delta, t, kept)
             directions = self.target != "zero" and self.error != "outside"
-            return errors, 1 - cos(delta.detach(), t).mean() if directions else None
+            cosines = torch.where(kept, 1 - cos(delta.detach(), t), 0) if directions else None
+            count = kept.sum().clamp(min=1)
+            return errors.sum() / count, errors, None if cosines is None else cosines.sum() / count
 
     def _forward_pass(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], training: bool) -> Forward:
         """The one that was recorded, if it is still that of the model, or one of its own."""
@@ -277,15 +285,23 @@ class InterpretableGradientLoss(nn.Module):
         if not (training and recorder and recorder.forward and recorder.up_to_date()):
             return forward_without_trace(self.model, x, args, kwargs, batch_norm=self.batch_norm)
         if x is not recorder.forward.x:
+            if any(x is each for each in recorder.arguments):
+                raise RuntimeError(
+                    "expected the images to be the first floating point argument inside shared_forward(), got one of "
+                    f"shape {tuple(recorder.forward.x.shape)} before them: let the model take them first, or call the "
+                    "loss without shared_forward(), the others by name: reg(x, y, t=t)."
+                )
             raise RuntimeError(
                 "expected the tensor that was passed to the model inside shared_forward(), got another one of shape "
                 f"{tuple(x.shape)}: call the loss with the same x, after any .to(device) or augmentation."
             )
         return recorder.forward
 
-    def _errors(self, delta: Tensor, target: Tensor) -> Tensor:
-        """The error of each sample, (N,)."""
+    def _errors(self, delta: Tensor, target: Tensor, kept: Tensor) -> Tensor:
+        """The error of each sample, (N,), 0 of those that are not kept."""
         samples = len(delta)
+        # Their delta is 0, where the derivative of an error may not be finite.
+        delta = torch.where(kept.view(-1, *[1] * (delta.dim() - 1)), delta, 1)
         error = NAMED[self.error] if isinstance(self.error, str) else self.error
         if self.transform is not None:
             delta = self.transform(delta)
@@ -297,15 +313,15 @@ class InterpretableGradientLoss(nn.Module):
                 f"expected the error to have one value per sample, shape ({samples},), got {received}: "
                 "reduce over all dimensions but the first."
             )
-        return value
+        return torch.where(kept, value, 0)
 
     @contextmanager
     def shared_forward(self, step: int | None = None) -> Iterator[None]:
         """Record the forward pass of the model inside, for the next call of the loss, which has the same `step`.
 
-        The model sees a copy of its first floating point argument, in which gradients can be taken; attention layers
-        run on the kernel that has a double backward. Nothing is recorded, at no cost, under `torch.no_grad()`
-        and at the calls before `start` and those that `every` skips, but for the very first.
+        The model sees a copy of its first floating point argument, in which gradients can be taken; attention is
+        written out, as its fused kernels have no double backward. Nothing is recorded, at no cost, under
+        `torch.no_grad()` and at the calls before `start` and those that `every` skips, but for the very first.
 
         Raises RuntimeError if the model was not called inside.
         """

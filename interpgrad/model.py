@@ -64,8 +64,11 @@ def class_logits(logits: Tensor) -> Tensor:
 def call(model: nn.Module, x: Tensor, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
     """model(x, *args, **kwargs); the images are the first parameter of `forward` that kwargs do not name."""
     kwargs = kwargs or {}
-    parameters = list(inspect.signature(unwrap(model).forward).parameters.values()) if kwargs else []
-    if not parameters or parameters[0].name not in kwargs:
+    try:
+        parameters = list(inspect.signature(unwrap(model).forward).parameters.values())
+    except ValueError:  # TorchScript's, and builtins
+        parameters = []
+    if not parameters or (parameters[0].name not in kwargs and parameters[0].kind != inspect.Parameter.KEYWORD_ONLY):
         return model(x, *args, **kwargs)
     free = (each.name for each in parameters if each.name not in kwargs and each.kind not in _VARIADIC)
     return model(*args, **{next(free, "x"): x}, **kwargs)

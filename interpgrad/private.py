@@ -5,13 +5,16 @@ Functions below have those that are asked here. Elsewhere, where they belong to 
 | name | where | without it |
 | --- | --- | --- |
 | `_batch_norm_impl_index`, `_batch_norm_impl_index_backward` | batch_norm.py | `native_batch_norm`, without cuDNN |
+| `_softmax_backward_data` | attention.py | products and sums, which are slower |
 | `_adaptive_avg_pool*d`, `_adaptive_avg_pool*d_backward` | pooling.py | stock, whose double backward is slower |
 | `_saved_training`, `_saved_weight`, `_saved_result2` | frozen.py | refuse stock's batch norm nodes |
+| `_saved_running_mean` | frozen.py | refuse those of one row |
 | `_saved_min`, `_saved_self`, `_saved_other` | guided.py | clamps and maxima are guided no more |
 | `_higher_order_ops` | graph.py | refuse cond, scan and others where they are called |
 | `_forward_cls`, `_backward_cls` | graph.py, report.py, forward.py | the names of Functions and their nodes |
 | `_functions.SyncBatchNorm`, `_check_input_dim` | sync_batch_norm.py | the differentiable layer, which is slower |
 | `_buffers` | forward.py | `register_buffer` for each buffer |
+| `_parameters`, `_modules` | forward.py | `named_parameters` and `named_children`, which are slower |
 | `_version` | forward.py, loss.py | no notice where weights change after a shared forward pass, or images come again |
 | `_is_view` | on_views.py | copies for all activations in place |
 | `_Loss` | criteria.py | a list of torch's losses |
@@ -68,6 +71,15 @@ def zeros_for(node: Node) -> list[Tensor]:
     """A gradient of zeros for each that a node takes: `_input_metadata`; without it none, and no node is tried."""
     metadata = getattr(node, "_input_metadata", ())
     return [torch.zeros(each.shape, dtype=each.dtype, device=each.device) for each in metadata]
+
+
+def rows_of(node: Any) -> int:
+    """How many the first gradient that it takes has: `_input_metadata`.
+
+    Without it those of its `_saved_input`. A checkpointed layer runs again for that.
+    """
+    metadata = getattr(node, "_input_metadata", None) or [node._saved_input]
+    return int(metadata[0].shape[0])
 
 
 def checkpoint_under_way() -> Any:

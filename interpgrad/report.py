@@ -150,11 +150,16 @@ def _findings(
         yield from _about_activations(operations, settings.activations)
     yield from _about_functions(operations)
     yield from _about_statistics(operations, settings.batch_norm)
-    if attends.calls:
+    if written := len(operations.get(attention.Attention.operation, ())):
         yield _note(
             "attention",
-            f"{_list(attends.calls)} on the math kernel, since fused ones have no double backward: the same values, "
-            "and memory for the attention weights. Where that is short, use smaller batches or images.",
+            f"scaled_dot_product_attention x{written} written out, since fused kernels have no double backward: the "
+            "same values, and memory for the attention weights. Where that is short, use smaller batches or images.",
+        )
+    if attends.calls:
+        yield _note(
+            "attention on the math kernel",
+            f"{_list(attends.calls)}, slow in half precision: use F.scaled_dot_product_attention without dropout.",
         )
     if forward.recomputes:
         yield _note(
@@ -256,7 +261,7 @@ def _reaches_others(passes: Passes, image: int) -> bool:
 
 
 class _AttentionCalls(TorchFunctionMode):
-    """Counts calls of those functions below which the kernel is selected."""
+    """Counts calls of those functions below which the kernel is selected, but for what is written out."""
 
     def __init__(self) -> None:
         super().__init__()

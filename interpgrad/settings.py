@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from dataclasses import dataclass
 from typing import Literal
 
@@ -27,7 +28,7 @@ class Settings:
             raise ValueError(f'expected activations="relu" or activations="all", got {self.activations!r}.')
         if self.batch_norm not in ("frozen", "coupled"):
             raise ValueError(f'expected batch_norm="frozen" or batch_norm="coupled", got {self.batch_norm!r}.')
-        if not isinstance(self.ignore_index, int):
+        if not isinstance(self.ignore_index, numbers.Integral) or isinstance(self.ignore_index, bool):
             raise ValueError(f"expected ignore_index to be an integer, got {self.ignore_index!r}.")
         derivative_of(self.criterion, self.ignore_index)
 

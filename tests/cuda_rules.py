@@ -4,6 +4,8 @@ R1 to R10 are rules of cuda/Normalization.cu, cudnn/BatchNorm.cpp, layer_norm_ke
 Convolution.cpp and AveragePool2d.cu, torch 2.4 to 2.14; R8 and R9 are what this package promises.
 """
 
+from types import SimpleNamespace
+
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -96,11 +98,13 @@ class Cudnn:
 
     def __init__(self):
         self.forwards = self.backwards = 0
+        self._batch_norm_impl_index = SimpleNamespace(default=self.batch_norm)
+        self._batch_norm_impl_index_backward = SimpleNamespace(default=self.batch_norm_backward)
 
     def __getattr__(self, name):
         return getattr(aten, name)
 
-    def _batch_norm_impl_index(self, x, weight, bias, *rest):
+    def batch_norm(self, x, weight, bias, *rest):
         y, mean, invstd, reserve, _ = aten._batch_norm_impl_index(x, weight, bias, *rest)
         training = rest[2]
         if weight is None or bias is None or (training and (rest[0] is None) != (rest[1] is None)):
@@ -110,7 +114,7 @@ class Cudnn:
         reserve = torch.tensor([x.data_ptr() % 251, 1], dtype=torch.uint8)
         return (y, mean, invstd, reserve, 1) if training else (y, x.new_empty(0), x.new_empty(0), reserve, 1)
 
-    def _batch_norm_impl_index_backward(self, index, x, g, weight, running_mean, running_var, mean, invstd, *rest):
+    def batch_norm_backward(self, index, x, g, weight, running_mean, running_var, mean, invstd, *rest):
         training, eps, mask, reserve = rest
         if index == 1 and training:
             self.refuse(x, weight)

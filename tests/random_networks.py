@@ -60,7 +60,8 @@ class Stage(nn.Module):
         self.conv, self.size = convolution(chance, dims, channels, self.channels, size)
         self.norm = norm(chance, dims, self.channels, self.size)
         self.activation = chance.choice(ACTIVATIONS)[reference]
-        self.form = chance.choice(["plain", "plain", "residual", "halves", "slice in place", "transposed", "twice"])
+        forms = ["plain", "plain", "residual", "halves", "slice in place", "transposed", "twice", "attention"]
+        self.form = chance.choice(forms)
         self.pool, self.size = pooling(chance, dims, self.size)
 
     def forward(self, x):
@@ -83,9 +84,17 @@ class Stage(nn.Module):
             h = rectify(h.transpose(1, 2) * 1).transpose(1, 2)
         elif self.form == "twice":
             h = F.leaky_relu(rectify(h * 1) - 0.2, 0.1)
+        elif self.form == "attention":
+            tokens = rectify(h * 1).flatten(2).mT
+            h = h + self.attend(tokens).mT.view_as(h)
         else:
             h = rectify(h)
         return self.pool(h)
+
+    def attend(self, tokens):
+        if self.reference:
+            return (tokens @ tokens.mT / tokens.shape[-1] ** 0.5).softmax(-1) @ tokens
+        return F.scaled_dot_product_attention(tokens, tokens, tokens)
 
 
 def convolution(chance, dims, inputs, outputs, size):

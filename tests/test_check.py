@@ -86,7 +86,7 @@ ARCHITECTURES = {
     "vit": (
         lambda: timm.create_model("vit_tiny_patch16_224", img_size=64, num_classes=4),
         64,
-        {"activations": ["Gelu x12"], "attention": ["scaled_dot_product_attention x12", "math kernel", "smaller"]},
+        {"activations": ["Gelu x12"], "attention": ["scaled_dot_product_attention x12", "written out", "smaller"]},
         7,
     ),
 }

@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from interpgrad import fast_double_backward
-from interpgrad.double_backward import _REPLACEMENTS
+from interpgrad.double_backward import _REPLACEMENTS, attention
 
 
 def there_are_fakes():
@@ -126,3 +127,22 @@ def test_autocast_of_norms_on_every_accelerator(device):
             with fast_double_backward():
                 found = norm()
             assert found.dtype == norm().dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_attention(dtype):
+    """All three passes: half precision takes another way to the scores there."""
+    with FakeTensorMode(), torch.device("cuda"):
+        q, k, v, g = (torch.empty(2, 3, 9, 8, dtype=dtype, requires_grad=True) for _ in range(4))
+        mask = torch.empty(9, 9, dtype=dtype, requires_grad=True)
+        with fast_double_backward():
+            y = F.scaled_dot_product_attention(q, k, v, mask)
+        assert (y.dtype, y.device, y.shape) == (g.dtype, g.device, g.shape)
+        rows = [each.detach().flatten(0, 1) for each in (g, q, k, v)]
+        settings, p = attention._Settings(0.5, (2, 3, 9, 9)), torch.empty(6, 9, 9, dtype=dtype)
+        first = attention._backward(*rows, mask, p, settings)
+        context = SimpleNamespace(saved_tensors=(*rows, mask, p), settings=settings)
+        with torch.no_grad():
+            second = attention._AttentionBackward.backward(context, *first)
+        for found, like in zip((*first, *second), (*rows[1:], mask, *rows, mask), strict=False):
+            assert (found.dtype, found.device, found.shape) == (like.dtype, like.device, like.shape)

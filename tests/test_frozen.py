@@ -1,22 +1,36 @@
 """Frozen statistics against the literal reference, in every spelling of batch norm, and what follows from them."""
 
 import collections
+import contextlib
 import copy
+import functools
 import threading
+from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
 
 import frozen_oracle as frozen
+import numpy as np
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
 from architectures import NAMES, architecture
-from nets import autocast, data, seeded, small_net
+from nets import Apply, autocast, data, seeded, small_net
 from oracle import deterministic, oracle_gradients, relative_difference
+from test_private import take_away
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from interpgrad import InterpretableGradientLoss, input_gradients, low_pass
+from interpgrad import (
+    InterpretableGradientLoss,
+    check,
+    fast_double_backward,
+    input_gradients,
+    low_pass,
+    private,
+    saliency,
+)
 
 
 def gradients_of(value, model, **settings):
@@ -290,6 +304,158 @@ def test_in_evaluation_mode_both_are_the_same(spelling):
     assert relative_difference(guided, stock[1]) < 1e-9
 
 
+# Statistics of each sample, or of a weight, on nodes of stock batch norm
+
+
+class Instances(nn.Module):
+    """A normalization of (N, 6, 6, 6) between a convolution and an activation, or a convolution by such a weight."""
+
+    def __init__(self, norm, activation=F.silu):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.norm, self.head = nn.Conv2d(3, 6, 3), norm, nn.Linear(216, 4)
+        self.activation = activation
+        self.double()
+
+    def forward(self, x):
+        return self.head(self.activation(self.norm(self.conv(x))).flatten(1))
+
+
+class StandardizedWeight(Instances):
+    """As timm's StdConv2d."""
+
+    def forward(self, x):
+        rows = self.conv.weight.reshape(1, 6, -1)
+        weight = self.norm(rows).view_as(self.conv.weight)
+        return self.head(self.activation(F.conv2d(x, weight, self.conv.bias)).flatten(1))
+
+
+class OnAThread(nn.Module):
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        with ThreadPoolExecutor(1) as worker:
+            return worker.submit(self.net, x).result()
+
+
+class Mapped(OnAThread):
+    def forward(self, x):
+        return torch.func.vmap(lambda image: self.net(image[None])[0])(x)
+
+
+def exported(net):
+    return torch.export.export(net, (data(n=4)[0],)).module()
+
+
+def instance_by_hand(h, eps=1e-5):
+    centred = h - h.mean((2, 3), keepdim=True)
+    return centred / (centred.square().mean((2, 3), keepdim=True) + eps).sqrt()
+
+
+def without_statistics(h):
+    rows = h.reshape(1, -1, 6, 6)
+    return torch.ops.aten._native_batch_norm_legit.no_stats(rows, None, None, True, 0.1, 1e-5)[0].view_as(h)
+
+
+def instance_of_aten(h):
+    return torch.ops.aten.instance_norm(h, None, None, None, None, True, 0.1, 1e-5, True)
+
+
+def rows_standardized(rows):
+    return F.batch_norm(rows, None, None, training=True, momentum=0.0, eps=1e-6)
+
+
+def rows_by_hand(rows):
+    return (rows - rows.mean(2, keepdim=True)) / (rows.var(2, unbiased=False, keepdim=True) + 1e-6).sqrt()
+
+
+def with_instance_norm(activation, **settings):
+    return Instances(nn.InstanceNorm2d(6, **settings), activation)
+
+
+def with_weight(activation, norm=rows_standardized):
+    return StandardizedWeight(Apply(norm), activation)
+
+
+# Each net, what it normalizes by hand, and its epsilon.
+OF_EACH_SAMPLE = {
+    "eps=1": (lambda f: with_instance_norm(f, eps=1), 1.0),
+    "eps of numpy": (lambda f: with_instance_norm(f, eps=np.float64(1e-5)), 1e-5),
+    "single eps of numpy": (lambda f: with_instance_norm(f, eps=np.float32(0.5)), 0.5),
+    "momentum=True": (lambda f: with_instance_norm(f, momentum=True), 1e-5),
+    "a tensor": (lambda f: with_instance_norm(f, eps=torch.tensor(0.5)), 0.5),
+    "no statistics": (lambda f: Instances(Apply(without_statistics), f), 1e-5),
+    "aten": (lambda f: Instances(Apply(instance_of_aten), f), 1e-5),
+    "vmap": (lambda f: Mapped(with_instance_norm(f)), 1e-5),
+    "a thread": (lambda f: OnAThread(with_instance_norm(f)), 1e-5),
+    "exported": (lambda f: exported(with_instance_norm(f)), 1e-5),
+    "weights on a thread": (lambda f: OnAThread(with_weight(f)), None),
+    "exported weights": (lambda f: exported(with_weight(f)), None),
+}
+
+
+def by_hand(activation, eps):
+    if eps is None:
+        return with_weight(activation, rows_by_hand)
+    return Instances(Apply(functools.partial(instance_by_hand, eps=eps)), activation)
+
+
+@pytest.mark.filterwarnings("ignore:.*(treespec|legacy|deprecated)")
+@pytest.mark.parametrize("activation", [F.relu, F.silu], ids=["relu", "silu"])
+@pytest.mark.parametrize("name", OF_EACH_SAMPLE)
+def test_statistics_of_each_sample_on_stock_nodes(name, activation):
+    """They are no batch's, and differentiated: both gradients, the penalty's, and what check says."""
+    make, eps = OF_EACH_SAMPLE[name]
+    (x, y), model, reference = data(n=4), make(activation), by_hand(activation, eps)
+    image = x.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(reference(image).gather(1, y[:, None]).sum(), image)
+    assert relative_difference(input_gradients(model, x, y, criterion="logit")[0], expected) < 1e-9
+    if name not in ("exported", "exported weights"):  # torch's exported modules have one mode
+        assert relative_difference(saliency.gradient(model.eval(), x, y), expected) < 1e-9
+    found = []
+    for net in (model, reference):
+        loss = InterpretableGradientLoss(net, lam=1.0)(x, y)
+        found.append([loss, *gradients_of(loss, net)])
+    torch.testing.assert_close(*found, rtol=1e-8, atol=1e-12)
+    report = str(check(model, x, y))
+    assert "statistics of each sample: 1 layers" in report
+    assert "batch statistics" not in report
+
+
+@pytest.mark.parametrize("setting", ["eps", "momentum"])
+@pytest.mark.parametrize(("number", "error"), [(Fraction(1, 3), TypeError), (10**400, OverflowError)], ids=str)
+def test_numbers_that_stock_refuses(number, error, setting):
+    x = data()[0].requires_grad_()
+    for norm in (F.batch_norm, F.instance_norm):
+        statistics = {"running_mean": torch.zeros(3).double(), "running_var": torch.ones(3).double()}
+        for context in (contextlib.nullcontext(), fast_double_backward()):
+            with context, pytest.raises(error):
+                norm(x, **statistics, **{setting: number})
+
+
+def test_rows_of_a_node_by_either_name(monkeypatch):
+    h, found = data(n=4)[0].requires_grad_(), []
+    for rows in (h, h[:1]):
+        found.append(F.batch_norm(rows, None, None, training=True).grad_fn)
+    assert [private.rows_of(node) for node in found] == [4, 1]
+    take_away("_input_metadata", monkeypatch)
+    assert [private.rows_of(node) for node in found] == [4, 1]
+
+
+@pytest.mark.parametrize("images", [1, 4])
+@pytest.mark.parametrize("layer", [nn.BatchNorm2d, functools.partial(nn.InstanceNorm2d, track_running_stats=True)])
+def test_running_statistics_on_stock_nodes(layer, images):
+    """Those of a batch, or of one row beside running ones, which inference uses: constants, on a thread as well."""
+    found, (x, y) = [], data(n=images)
+    for around in (OnAThread, lambda net: net):
+        model = around(Instances(layer(6)))
+        assert "batch statistics: 1 layers, constants" in str(check(model, x, y))
+        found.append(input_gradients(model, x, y))
+    torch.testing.assert_close(*found)
+
+
 @pytest.mark.parametrize("criterion", ["log_prob", "cross_entropy"])
 @pytest.mark.parametrize("activation", [F.relu, F.silu], ids=["relu", "silu"])
 def test_gradient_penalties_on_the_gradient_of_the_penalty(activation, criterion):
@@ -344,7 +510,7 @@ def test_the_penalty_of_a_part_of_the_batch_is_its_part():
     model, (x, y) = small_net(), data(n=5)
     kept = torch.tensor([True, False, True, True, False])
     of_part = InterpretableGradientLoss(model, "mse", lam=1.0)(x, torch.where(kept, y, -100))
-    masked = lambda d, g: torch.where(kept, (d - g).square().mean((1, 2, 3)), 0)  # noqa: E731
+    masked = lambda d, g: torch.where(kept, (d - g).square().mean((1, 2, 3)), 0) * 5 / 3  # noqa: E731
     expected = InterpretableGradientLoss(model, masked, lam=1.0)(x, y)
     torch.testing.assert_close(of_part, expected, rtol=1e-12, atol=0)
     assert_same_gradients(gradients_of(of_part, model), gradients_of(expected, model))

@@ -583,6 +583,57 @@ def test_zero_gradients_give_error_1_and_no_nan():
     assert all(not p.grad.any() for p in model.parameters() if p.grad is not None)
 
 
+@pytest.mark.parametrize("criterion", ["log_prob", "logit", "cross_entropy"])
+@pytest.mark.parametrize(("ignored", "shared"), [(255, False), (-100, True)])
+@pytest.mark.parametrize("error", [*ERRORS, lambda d, t: (d - t).square().sum((1, 2, 3)).sqrt()])
+def test_ignored_images_are_left_out(error, shared, ignored, criterion):
+    """The mean is that of the others' batch; alone, they are 0 and have no gradient: not even that of a root at 0."""
+    model, (x, y) = small_net().eval(), data(5)
+    kept = torch.tensor([True, False, True, True, False])
+    y = torch.where(kept, y, ignored)
+
+    def computed(x, y, **options):
+        reg = InterpretableGradientLoss(model, error, 1.0, criterion=criterion, ignore_index=ignored, **options)
+        if shared:
+            with reg.shared_forward():
+                model(x)
+        return reg, reg(x, y)
+
+    for target in (y, y[:, None]):
+        (reg, value), (of_part, expected) = computed(x, target), computed(x[kept], y[kept])
+        torch.testing.assert_close(value, expected, rtol=1e-12, atol=0)
+        assert_same_gradients(gradients_of(value, model), gradients_of(expected, model))
+        assert reg.logs() == pytest.approx(of_part.logs(), rel=1e-12)
+    reg, values = computed(x, y, reduction="none")
+    torch.testing.assert_close(values[kept], computed(x[kept], y[kept], reduction="none")[1], rtol=1e-12, atol=0)
+    assert reg.logs() == pytest.approx(of_part.logs(), rel=1e-12)
+    assert not values[~kept].any()
+    assert all(each is None or not each.any() for each in gradients_of(values[~kept].sum(), model))
+    reg, value = computed(x, torch.full_like(y, ignored))
+    assert value == 0
+    assert set(reg.logs().values()) == {0.0}
+    assert all(each is None or not each.any() for each in gradients_of(value, model))
+
+
+def test_ignored_images_of_other_targets():
+    """Of a binary classifier; of pixels, of which an image has some or none; probabilities have none."""
+    x, y = data(3)
+    binary = nn.Sequential(nn.Flatten(), nn.Linear(192, 6), nn.ReLU(), nn.Linear(6, 1)).double()
+    pixels = nn.Sequential(nn.Conv2d(3, 5, 3), nn.ReLU(), nn.Conv2d(5, 4, 1)).double()
+    of_pixels = torch.arange(3 * 36).view(3, 6, 6) % 4
+    of_pixels[0, :3], of_pixels[1] = 255, 255
+    for model, target in (
+        (binary, torch.tensor([1, 255, 0])),
+        (binary, torch.tensor([0.3, 255, 0.9]).double()[:, None]),
+        (pixels, of_pixels),
+    ):
+        reg = InterpretableGradientLoss(model, ignore_index=255)
+        torch.testing.assert_close(reg(x, target), reg(x[[0, 2]], target[[0, 2]]))
+    one_hot, model = F.one_hot(y, 4), small_net().eval()
+    expected = InterpretableGradientLoss(model)(x, y)
+    assert InterpretableGradientLoss(model, ignore_index=0)(x, one_hot) == expected
+
+
 class TestSharedForward:
     """Ways to use it that are not the two lines of the README."""
 

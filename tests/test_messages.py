@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from nets import Apply, data, seeded, small_net
@@ -195,8 +196,10 @@ def test_ignore_index(criterion):
     one_hot = torch.nn.functional.one_hot(y, 4)
     expected, _ = input_gradients(small_net(), x, one_hot, criterion=criterion)
     assert torch.equal(input_gradients(small_net(), x, one_hot, criterion=criterion, ignore_index=0)[0], expected)
-    with raises(ValueError, "expected ignore_index to be an integer, got None"):
-        InterpretableGradientLoss(net, ignore_index=None)
+    for wrong in (None, True, 255.0):
+        with raises(ValueError, f"expected ignore_index to be an integer, got {wrong}"):
+            InterpretableGradientLoss(net, ignore_index=wrong)
+    assert InterpretableGradientLoss(net, "mse", ignore_index=np.int64(255))(x, ignored) > 0
     with raises(ValueError, "expected ignore_index for a criterion by name, got 255 for", "give it to that one"):
         InterpretableGradientLoss(net, criterion=nn.CrossEntropyLoss(), ignore_index=255)
 
@@ -240,6 +243,28 @@ def test_shared_forward_without_a_forward_or_with_another_tensor():
         model(x)
     with raises(RuntimeError, "passed to the model inside shared_forward(), got another one", "same x"):
         reg(x + 0, y)
+
+
+def test_shared_forward_of_a_model_whose_images_are_not_first():
+    class Timed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = small_net()
+
+        def forward(self, t, x):
+            return self.net(x) * t[:, None]
+
+    model, (x, y) = Timed(), data()
+    t = torch.rand(3, dtype=x.dtype)
+    for kwargs in ({}, {"x": x, "t": t}):
+        reg = InterpretableGradientLoss(model)
+        with reg.shared_forward():
+            model(**kwargs) if kwargs else model(t, x)
+        with raises(RuntimeError, "expected the images to be the first floating point argument", "got", "(3,)", "t=t"):
+            reg(x, y)
+        with raises(RuntimeError, "passed to the model inside shared_forward(), got another one"):
+            reg(x + 0, y)
+    assert InterpretableGradientLoss(model)(x, y, t=t) > 0  # the way out
 
 
 class OnceDifferentiable(Function):

@@ -396,7 +396,7 @@ def test_bad_input(function):
         ((x, maps[:2]), ValueError, "expected one map for each of the 3 images, got 2"),
         ((x, maps[:, None]), ValueError, r"expected maps of shape \(N, h, w\), not empty, got \(3, 1, 8, 8\)"),
         ((x[:0], maps[:0]), ValueError, "not empty"),
-        ((x, nan), ValueError, r"expected maps without NaN, got NaN in 1 of 3 \(index 1\)"),
+        ((x, nan), ValueError, r"expected finite maps, got NaN or infinity in 1 of 3 \(index 1\)"),
         ((x / nan[:, None], maps), ValueError, r"expected finite images, got NaN or infinity in 1 of 3 \(index 1\)"),
         ((x, maps * 3), ValueError, r"expected maps in \[0, 1\], got values from .*: scale each map"),
         ((x, maps, 4), ValueError, "expected class indices from 0 to 3, got 4 to 4"),
@@ -490,6 +490,21 @@ def test_grids_of_another_size():
     for maps in (torch.zeros(1, 5, 4), torch.zeros(4, 4)):
         with pytest.raises(ValueError, match=r"expected maps .* of 2x2 equal cells, got shape"):
             metrics.grid_pointing(maps)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_grid_pointing_game_in_half_precision(dtype):
+    """Whose sums end at 65504."""
+    shares = metrics.grid_pointing(torch.full((1, 40, 40), 3e4, dtype=dtype))
+    torch.testing.assert_close(shares, torch.full((1, 4), 0.25))
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_the_grid_pointing_game_of_maps_that_are_not_finite(value):
+    maps = torch.ones(3, 4, 4)
+    maps[1, 2, 3] = float(value)
+    with pytest.raises(ValueError, match=r"expected finite maps, got NaN or infinity in 1 of 3 \(index 1\)"):
+        metrics.grid_pointing(maps)
 
 
 def test_bad_probabilities():

@@ -212,6 +212,40 @@ def test_several_inputs():
     torch.testing.assert_close(reg(x, y), expected)
 
 
+class Keywords(nn.Module):
+    """Which takes its arguments by name alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.table = small_net().eval(), nn.Embedding(5, 4).double()
+
+    def forward(self, *, pixel_values, input_ids=None):
+        return self.net(pixel_values) + (0 if input_ids is None else self.table(input_ids))
+
+
+def test_arguments_by_name_alone():
+    model, (x, y) = Keywords(), data()
+    ids = torch.tensor([0, 3, 1])
+
+    class Bound(nn.Module):
+        def __init__(self, **options):
+            super().__init__()
+            self.model, self.options = model, options
+
+        def forward(self, x):
+            return self.model(pixel_values=x, **self.options)
+
+    for options in ({"input_ids": ids}, {}):
+        expected = InterpretableGradientLoss(Bound(**options))(x, y)
+        reg = InterpretableGradientLoss(model)
+        assert reg(x, y, **options) == expected
+        with reg.shared_forward():
+            model(**options, pixel_values=x)
+        assert reg(x, y) == expected
+        maps = saliency.eigen_cam(model, x, "net.6", y, model_kwargs=options)
+        assert torch.equal(maps, saliency.eigen_cam(Bound(**options), x, "model.net.6", y))
+
+
 class FakeQuantize(nn.Module):
     """Of activations, in eight bits: the gradient is passed straight through where nothing was cut off."""
 

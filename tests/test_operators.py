@@ -162,6 +162,36 @@ def test_functions_that_cut_a_gradient_from_its_graph():
     assert_refused(net_with(Apply(InNumpy.apply)), "double backward", "InNumpy", "returns a gradient without a graph")
 
 
+STATISTICS = ["frozen", "coupled"]
+
+
+def assert_refuses_criterion(function, batch_norm, *parts):
+    """By the loss and by check, with batch norm and without."""
+    (x, y), settings = data(), {"criterion": lambda z, _: function(z).sum(), "batch_norm": batch_norm}
+    for model in (small_net(), small_net().eval()):
+        with raises(RuntimeError, *parts):
+            InterpretableGradientLoss(model, **settings)(x, y)
+        report = check(model, x, y, **settings)
+        assert not report.ok
+        assert parts[-1] in str(report)
+
+
+@pytest.mark.filterwarnings("ignore:.*autograd kernel was not registered")
+@pytest.mark.parametrize("batch_norm", STATISTICS)
+def test_operators_that_the_backward_of_a_criterion_calls(library, batch_norm):
+    refused = "double backward", "its backward calls one without an autograd"
+    assert_refuses_criterion(library["opaque"], batch_norm, *refused)
+    (x, y), found = data(), []
+    for function in (library["composite"], lambda z: z * z * z):
+        model, criterion = small_net(), lambda z, _, function=function: function(z).sum()
+        loss = InterpretableGradientLoss(model, lam=1.0, criterion=criterion, batch_norm=batch_norm)(x, y)
+        found.append(
+            (loss, *torch.autograd.grad(loss, [*model.parameters()], allow_unused=True, materialize_grads=True))
+        )
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
 def test_operators_of_torchvision():
     class Deformable(nn.Module):
         def __init__(self):

@@ -1,6 +1,8 @@
 """Saliency maps: against the papers' formulas written out in loops, and against peers where they are right."""
 
 import copy
+import subprocess
+import sys
 
 import evaluation
 import numpy as np
@@ -572,6 +574,31 @@ def test_images_and_layers_that_are_not_finite(name, value):
         CAMS[name](model, x, LAYER, 1, chunk_size=2)
 
 
+class OneValue(nn.Module):
+    """A layer "a" of random values, but for one of the first channel in the second image."""
+
+    def __init__(self, value):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.a, self.head, self.value = nn.Conv2d(3, 4, 3), nn.Identity(), nn.Linear(4, 3), value
+
+    def forward(self, x):
+        h = self.conv(x)
+        h[x[:, 0, 0, 0] == 2, 0, 2, 2] = self.value
+        return self.head(self.a(h).clamp(-1, 1).mean((2, 3)))
+
+
+@pytest.mark.parametrize("name", CAMS)
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_one_value_that_is_not_finite(name, value):
+    """Whatever the sign of its channel's weight: a rectifier would make 0 of minus infinity."""
+    x = torch.rand(3, 3, 9, 9, generator=seeded(0))
+    x[1, 0, 0, 0] = 2
+    for target in range(3):
+        with pytest.raises(ValueError, match=r"expected maps of a finite range, got NaN or infinity in 1 of 3"):
+            CAMS[name](OneValue(float(value)), x, "a", target)
+
+
 @pytest.mark.parametrize("name", CAMS)
 def test_the_predicted_class_is_the_default(name):
     model, x = small_net().eval(), data(8)[0]
@@ -632,6 +659,56 @@ def test_constant_maps_are_zero(name, dtype):
     with torch.no_grad():
         varying.head.weight.abs_()
     assert (CAMS[name](varying.to(dtype), x, "spread", 1).amax((1, 2)) == 1).all()
+
+
+class ManyChannels(nn.Module):
+    """A layer "layer" of this many channels, each constant; of one kind, or all of the same value and weight."""
+
+    def __init__(self, channels, kind):
+        super().__init__()
+        self.stem, self.layer, self.head = nn.Conv2d(3, channels, 3), nn.Identity(), nn.Linear(channels, 4)
+        with torch.no_grad():
+            if kind != "mixed":
+                self.head.weight.abs_()
+                self.stem.weight.abs_()
+            if kind == "equal":
+                self.head.weight[:] = self.head.weight[:, :1]
+                self.stem.weight[:], self.stem.bias[:] = self.stem.weight[:1].clone(), self.stem.bias[:1].clone()
+
+    def forward(self, x):
+        return self.head(self.layer(self.stem(x).relu().mean((2, 3), keepdim=True).expand(-1, -1, 7, 7)).mean((2, 3)))
+
+
+@pytest.mark.parametrize("channels", [64, 1024, 4096])
+@pytest.mark.parametrize("kind", ["positive", "mixed", "equal"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_constant_maps_of_many_channels(channels, kind, dtype):
+    """The rounding of a sum grows with its terms, most where they are alike."""
+    torch.manual_seed(0)
+    model, x = ManyChannels(channels, kind).to(dtype), torch.rand(40, 3, 5, 5).to(dtype)
+    for name in CAMS.keys() - {"score_cam", "ablation_cam"}:  # of which each channel takes a pass
+        assert not CAMS[name](model, x, "layer", 1).any(), name
+
+
+@pytest.mark.parametrize("big", [1e2, 1e5, 1e7])
+def test_a_large_value_beside_a_map(big):
+    """Whose rounding is its own pixel's."""
+    ramp, spike = torch.linspace(0, 1, 49).view(7, 7), torch.zeros(7, 7)
+    spike[3, 3] = big
+    layer = nn.Identity()
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x):
+            h = self.layer(torch.stack([ramp, spike])[None] + 0 * x.mean())
+            logit = (h[:, 0] - h[:, 1]).mean((1, 2))
+            return torch.stack([logit, -logit], 1)
+
+    expected = torch.where(spike > 0, 0, ramp)[None]
+    torch.testing.assert_close(saliency.grad_cam(Net(), torch.rand(1, 3, 7, 7), layer, 0), expected)
 
 
 def test_constant_channels_of_score_cam():
@@ -852,6 +929,43 @@ def test_wrapped_models():
         expected = cam(model, x, LAYER)
         assert torch.equal(cam(nn.DataParallel(model), x, LAYER), expected), name
         assert torch.equal(cam(torch.compile(model), x, LAYER), expected), name
+    for part in (model[6], model):
+        part.compile(backend="eager")
+        for gradients in (True, False):
+            with torch.set_grad_enabled(gradients):
+                model(x)  # compiled without the hook that reads the layer
+            for name, cam in CAMS.items():
+                torch.testing.assert_close(cam(model, x, LAYER), cam(small_net().eval(), x, LAYER), msg=name)
+
+
+CONDITION = """
+import sys
+import torch
+from torch import nn
+from interpgrad import measure, saliency
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 4, 3), nn.Linear(144, 3)
+
+    def forward(self, x):
+        h = self.conv(x)
+        return self.head(torch.cond(h.sum() > 0, torch.relu, torch.neg, (h,)).relu().flatten(1))
+
+model, x, y = Net(), torch.rand(2, 3, 8, 8), torch.tensor([0, 1])
+model(x)  # imports the compiler
+for function in (saliency.gradient, saliency.integrated_gradients, lambda *_: measure(model, [(x, y)])):
+    try:
+        print(function(model, x, y).shape)
+    except RuntimeError as error:
+        print(error)
+"""
+
+
+def test_higher_order_operators_once_the_compiler_is_imported():
+    found = subprocess.run([sys.executable, "-W", "ignore", "-c", CONDITION], capture_output=True, text=True)
+    assert found.stdout.count("expected a graph of single operations, got the higher-order operator") == 3, found
 
 
 # ---- further arguments of the model

@@ -1,5 +1,7 @@
 """What a model does in `train`, and writes in its forward pass beside buffers, is right after a call."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -167,23 +169,153 @@ def test_tables_whose_size_is_noted_elsewhere():
     assert model.table.shape == (8, 12)
 
 
-def test_statistics_that_are_replaced_are_given_back():
-    class Averages(nn.Module):
-        def __init__(self):
+class InPlace(Table):
+    """A table in a part of a buffer that is large enough for every size, written in place."""
+
+    def __init__(self):
+        super().__init__(registered=False)
+        self.register_buffer("table", torch.zeros(400, **double))
+
+    def forward(self, x):
+        if self.size != x.shape[-2:]:
+            self.size = x.shape[-2:]
+            self.table[: self.size.numel()] = torch.arange(self.size.numel(), **double).sin() + self.size[0]
+        return self.net(x * self.table[: self.size.numel()].view(self.size))
+
+
+class Resized(Table):
+    """The same tensor with another shape."""
+
+    def forward(self, x):
+        if self.size != x.shape[-2:]:
+            self.size = x.shape[-2:]
+            self.table.resize_(self.size).copy_(torch.arange(self.size.numel(), **double).view(self.size).sin())
+        return self.net(x * self.table)
+
+
+class Swapped(Table):
+    """The same tensor with other data."""
+
+    def forward(self, x):
+        if self.size != x.shape[-2:]:
+            self.size = x.shape[-2:]
+            self.table.data = torch.arange(self.size.numel(), **double).view(self.size).sin()
+        return self.net(x * self.table)
+
+
+class SizeInBuffer(Table):
+    """A size that is a buffer too, beside a table of another shape or of the same."""
+
+    def __init__(self):
+        super().__init__(registered=True)
+        self.register_buffer("noted", torch.zeros(2, dtype=torch.long))
+
+    def forward(self, x):
+        if self.noted.tolist() != list(x.shape[-2:]):
+            self.noted = torch.tensor(x.shape[-2:])
+            self.table = torch.arange(x[0, 0].numel(), **double).sin() + x.shape[-2]
+        return self.net(x * self.table.view(x.shape[-2:]))
+
+
+TABLES = {
+    "in place": InPlace,
+    "resized": lambda: Resized(registered=True),
+    "swapped": lambda: Swapped(registered=True),
+    "size in a buffer": SizeInBuffer,
+}
+
+
+@pytest.mark.parametrize("then", [(12, 8), (6, 6)], ids=str)
+@pytest.mark.parametrize("before", [None, (8, 12)], ids=str)
+@pytest.mark.parametrize("table", TABLES.values(), ids=TABLES)
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_tables_and_sizes_in_other_places(call, table, before, then):
+    (x, y), model = data(size=16), table()
+    if before:
+        model(x[..., : before[0], : before[1]])
+    call(model, x[..., : then[0], : then[1]], y)
+    for size in ((12, 8), (8, 12), (6, 6)):
+        fresh, trained = table(), copy.deepcopy(model)
+        fresh.net.load_state_dict(trained.net.state_dict())
+        images = x[..., : size[0], : size[1]]
+        torch.testing.assert_close(trained(images), fresh(images))
+
+
+class Averages(nn.Module):
+    """A running mean, replaced in each pass, beside what else is written there."""
+
+    def __init__(self, write):
+        super().__init__()
+        self.net, self.write = small_net(), write
+        self.calls, self.last, self.size = 0, None, None
+        self.register_buffer("average", torch.zeros((), **double))
+
+    def forward(self, x):
+        self.write(self, x)
+        self.average = 0.9 * self.average + 0.1 * x.detach().mean()
+        return self.net(x)
+
+
+def count(model, x):
+    model.calls += 1
+
+
+def keep(model, x):
+    model.last = x.detach()
+
+
+def keep_size(model, x):
+    model.size = tuple(x.shape[-2:])
+
+
+def keep_loss(model, x):
+    model.loss = float(x.detach().square().mean())
+
+
+@pytest.mark.parametrize("before", [False, True], ids=["at first", "later"])
+@pytest.mark.parametrize("write", [count, keep, keep_size, keep_loss])
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_statistics_that_are_replaced_are_given_back(call, write, before):
+    model, (x, y) = Averages(write), data()
+    if before:
+        model(x)
+    expected, value, calls = model.average, model.average.clone(), model.calls
+    call(model, x + 1, y)
+    assert model.average is expected
+    assert torch.equal(model.average, value)
+    assert model.calls == calls
+
+
+def test_attributes_stay_where_more_has_changed():
+    """Beside a new attribute, an object of another kind, a new layer, or without buffers."""
+
+    class Writes(nn.Module):
+        def __init__(self, what, buffers):
             super().__init__()
-            self.net = small_net()
-            self.register_buffer("average", torch.zeros((), **double))
+            self.net, self.what, self.built, self.kept = small_net(), what, False, None
+            if buffers:
+                self.register_buffer("average", torch.zeros((), **double))
 
         def forward(self, x):
-            self.size = tuple(x.shape[-2:])
-            self.average = 0.9 * self.average + 0.1 * x.detach().mean()
+            self.built = True
+            if self.what == "attribute":
+                self.new = 1
+            elif self.what == "object":
+                self.kept = [1]
+            elif self.what == "layer":
+                self.layer = nn.Identity()
+            elif self.what == "parameter":
+                self.scale = nn.Parameter(torch.ones((), **double))
             return self.net(x)
 
-    model, (x, y) = Averages(), data()
-    model(x)
-    expected = model.average
-    InterpretableGradientLoss(model)(x, y).backward()
-    assert model.average is expected
+    x, y = data()
+    for what, buffers, stays in (
+        *((what, True, True) for what in ("attribute", "object", "layer", "parameter")),
+        *(("nothing", False, True), ("nothing", True, False)),
+    ):
+        model = Writes(what, buffers)
+        input_gradients(model, x, y)
+        assert model.built == stays, what
 
 
 def test_what_is_made_in_the_first_pass():

@@ -33,6 +33,7 @@ _REPLACEMENTS = {
     **rectifier.REPLACEMENTS,
     **smooth.REPLACEMENTS,
     **on_views.REPLACEMENTS,
+    **attention.REPLACEMENTS,
 }
 _CONCERNED = {*_REPLACEMENTS, *attention.FUNCTIONS}
 _PROBE = torch.empty(0, device="cpu")
@@ -77,7 +78,7 @@ class fast_double_backward:  # noqa: N801
         if func in _CONCERNED and torch.is_grad_enabled():
             if checkpointing.recompute_in(self.recompute_in):
                 self.recomputes = True
-            if func in _REPLACEMENTS and _is_plain(args[0] if args else kwargs.get("input")):
+            if func in _REPLACEMENTS and _is_plain(args[0] if args else kwargs.get("input", kwargs.get("query"))):
                 result = _REPLACEMENTS[func](*args, **kwargs)
                 if result is not NotImplemented:
                     return result

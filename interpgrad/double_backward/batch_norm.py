@@ -18,6 +18,7 @@ Shapes: x, g, a (N, C, *spatial); everything per channel (C,).
 from __future__ import annotations
 
 import functools
+import numbers
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -45,7 +46,7 @@ class Kernel(NamedTuple):
         self, g: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, invstd: Tensor, mask: Sequence[bool]
     ) -> Gradients:
         """(dx, dweight, dbias), where the mask is true: CUDA's kernels for channels_last return others, too."""
-        gradients = aten._batch_norm_impl_index_backward(
+        gradients = aten._batch_norm_impl_index_backward.default(
             self.implementation, x, g, weight, None, None, mean, invstd, True, self.eps, mask, self.reserve
         )
         dx, dweight, dbias = (each if want else None for each, want in zip(gradients, mask, strict=True))
@@ -68,7 +69,7 @@ class BatchNorm(Function):
         eps: float,
         freezable: bool,
     ) -> Tensor:
-        y, mean, invstd, reserve, index = aten._batch_norm_impl_index(
+        y, mean, invstd, reserve, index = aten._batch_norm_impl_index.default(
             x, weight, bias, running_mean, running_var, training, momentum, eps, torch.backends.cudnn.enabled
         )
         if not training:
@@ -100,7 +101,7 @@ def constant_backward(
 ) -> Gradients:
     """(dx, dweight, dbias), where the mask is true, of constant statistics."""
     for_x, for_weight, for_bias = mask
-    dx = apply_each(Scaling, g, weight, invstd) if for_x else None
+    dx = scaling(g, weight, invstd) if for_x else None
     if torch.is_grad_enabled():
         dims = [0, *range(2, g.dim())]
         xhat = (x - channels(mean, x)) * channels(invstd.to(x.dtype), x) if for_weight else None
@@ -117,14 +118,14 @@ class Scaling(Function):
         """The product."""
         ctx.tensors = tensors_of(g, weight)
         ctx.save_for_backward(g, weight, invstd)
-        return scaled(g, invstd if weight is None else weight * invstd)
+        return scaling(g, weight, invstd)  # now with gradients disabled
 
     @staticmethod
     def backward(ctx: Any, a: Tensor) -> tuple[Tensor | None, ...]:
         """Of any order: the operations are differentiable where they have to be."""
         g, weight, invstd = ctx.saved_tensors
         for_g, for_weight = needed(ctx, ctx.tensors)
-        dg = apply_each(Scaling, a, weight, invstd) if for_g else None
+        dg = scaling(a, weight, invstd) if for_g else None
         dweight = None
         if for_weight:
             if torch.is_grad_enabled():
@@ -133,6 +134,14 @@ class Scaling(Function):
                 scaled_sum = channel_sums(a, g, torch.zeros_like(invstd), invstd)[0]
             dweight = _like(scaled_sum, weight)
         return dg, dweight, None
+
+
+def scaling(g: Tensor, weight: Tensor | None, invstd: Tensor) -> Tensor:
+    """The product weight s g, a Function where it is to be differentiated."""
+    if torch.is_grad_enabled():
+        result: Tensor = apply_each(Scaling, g, weight, invstd)
+        return result
+    return scaled(g, invstd if weight is None else weight * invstd)
 
 
 def scaled(g: Tensor, scale: Tensor) -> Tensor:
@@ -146,7 +155,7 @@ def scaled(g: Tensor, scale: Tensor) -> Tensor:
     if g.is_cuda and scale.dtype == torch.float32 and type(g) is Tensor:  # others may not know these kernels
         if g.is_contiguous():
             mask = [True, False, False]
-            return aten.native_batch_norm_backward(g, g, None, scale, scale, scale, scale, False, 0.0, mask)[0]  # type: ignore[no-any-return]
+            return aten.native_batch_norm_backward.default(g, g, None, scale, scale, scale, scale, False, 0.0, mask)[0]  # type: ignore[no-any-return]
         if g.dim() == 4 and g.is_contiguous(memory_format=torch.channels_last):
             return torch.batch_norm_elemt(g, None, None, torch.zeros_like(scale), scale, 0.0)
     return torch.mul(g, channels(scale, g), out=torch.empty_like(g))
@@ -218,7 +227,7 @@ def double_backward(
         of_x = factor * invstd * torch.add(p, q, alpha=-3 / n)
         constant = ((of_a * sum_a).addcmul_(of_g, sum_g) / -n).addcmul_(of_x, mean, value=-1)
         # of_x x + constant is the native kernel's evaluation mode, at a mean of 0 and a variance of 1.
-        dx = aten.native_batch_norm(x, of_x, constant, zero, one, False, 0.0, 0.0)[0]
+        dx = aten.native_batch_norm.default(x, of_x, constant, zero, one, False, 0.0, 0.0)[0]
         for tensor, of_tensor in ((a, of_a), (g, of_g)):
             dx.addcmul_(tensor, channels(of_tensor, tensor).to(tensor.dtype))
     return dg, dx, invstd * torch.add(p, q, alpha=-1 / n) if for_weight else None
@@ -231,7 +240,7 @@ def channel_sums(g: Tensor, x: Tensor, mean: Tensor, invstd: Tensor) -> tuple[Te
     """
     mean, invstd = at_least_single(mean), at_least_single(invstd)
     mask = [False, True, True]
-    _, *sums = aten.native_batch_norm_backward(g, dense(x), invstd, None, None, mean, invstd, True, 0.0, mask)
+    _, *sums = aten.native_batch_norm_backward.default(g, dense(x), invstd, None, None, mean, invstd, True, 0.0, mask)
     return sums[0], sums[1]
 
 
@@ -279,8 +288,15 @@ def _is_usual(
     dtypes = (x.dtype, torch.promote_types(x.dtype, torch.float32))
     given = [each for each in (*affine, *statistics) if each is not None]
     vectors = all(isinstance(each, Tensor) and each.dim() == 1 and each.dtype in dtypes for each in given)
-    numbers = type(training) is bool and type(momentum) in (int, float) and type(eps) is float and eps > 0
-    return vectors and numbers and not any(each is not None and each.requires_grad for each in statistics)
+    plain = type(training) is bool and _is_number(momentum) and _is_number(eps) and eps > 0
+    return vectors and plain and not any(each is not None and each.requires_grad for each in statistics)
+
+
+def _is_number(value: Any) -> bool:
+    """Whether stock takes it for a real one, of Python or numpy: it refuses fractions."""
+    return isinstance(value, (float, numbers.Integral)) or (
+        isinstance(value, numbers.Real) and not isinstance(value, numbers.Rational)
+    )
 
 
 def _batch_norm(
@@ -303,7 +319,8 @@ def _batch_norm(
         return NotImplemented
     input, weight = dense(input), weight if weight is None else weight.contiguous()
     freezable = len(input) > 1 or running_mean is not None
-    return BatchNorm.apply(input, weight, bias, running_mean, running_var, training, momentum, eps, freezable)
+    settings = training, float(momentum), float(eps), freezable
+    return BatchNorm.apply(input, weight, bias, running_mean, running_var, *settings)
 
 
 def _instance_norm(
@@ -331,7 +348,8 @@ def _instance_norm(
     running = [None if each is None else each.repeat(samples) for each in (running_mean, running_var)]
     affine = [None if each is None else each.repeat(samples) for each in (weight, bias)]
     rows = input.contiguous().view(1, samples * channels, *input.shape[2:])
-    y = BatchNorm.apply(rows, *affine, *running, use_input_stats, momentum, eps, running_mean is not None)
+    settings = use_input_stats, float(momentum), float(eps), running_mean is not None
+    y = BatchNorm.apply(rows, *affine, *running, *settings)
     for own, new in zip((running_mean, running_var), running, strict=True):
         if own is not None and new is not None and use_input_stats:
             own.copy_(new.view(samples, channels).mean(0))

@@ -32,7 +32,7 @@ class _Convolution(Function):
         ctx.geometry = geometry
         ctx.tensors = tensors_of(x, weight, bias)
         ctx.save_for_backward(x, weight)
-        y: Tensor = aten.convolution(x, weight, bias, *geometry)
+        y: Tensor = aten.convolution.default(x, weight, bias, *geometry)
         return y
 
     @staticmethod
@@ -67,7 +67,7 @@ class _DataGradient(Function):
         dg = dweight = None
         if for_g:
             with without_autocast(u.device):
-                dg = aten.convolution(u, weight, None, *ctx.geometry)
+                dg = aten.convolution.default(u, weight, None, *ctx.geometry)
         if for_weight:
             dweight = _convolution_backward(g, u, weight, ctx.geometry, [False, True, False])[1]
         return dg, dweight, None, None
@@ -78,7 +78,7 @@ def _convolution_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     transposed, groups = geometry[3], geometry[5]
     channels = weight.shape[1] * groups if transposed else weight.shape[0]
-    dx, dweight, dbias = aten.convolution_backward(g, x, weight, [channels], *geometry, mask)
+    dx, dweight, dbias = aten.convolution_backward.default(g, x, weight, [channels], *geometry, mask)
     return dx, dweight, dbias
 
 
@@ -94,7 +94,7 @@ def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Any) 
         return NotImplemented
     dtype = autocast_dtype(x.device)
     if dtype is not None:  # what autocast does, outside of the Function, so that the casts are differentiated too
-        x, weight, bias = (_cast(each, dtype) for each in (x, weight, bias))
+        x, weight, bias = (cast(each, dtype) for each in (x, weight, bias))
     if x.dtype != weight.dtype or (bias is not None and bias.dtype != x.dtype):
         return NotImplemented  # an error. The kernel would drop what the bias has beyond the others' precision
     if dtype is None:
@@ -103,7 +103,8 @@ def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Any) 
         return _Convolution.apply(x, weight, bias, geometry)
 
 
-def _cast(tensor: Any, dtype: torch.dtype) -> Any:
+def cast(tensor: Any, dtype: torch.dtype) -> Any:
+    """As autocast does: None, integers and double precision stay."""
     casts = tensor is not None and tensor.is_floating_point() and tensor.dtype != torch.float64
     return tensor.to(dtype) if casts else tensor
 

@@ -59,7 +59,7 @@ class _Maximum(Function):
 
 
 def _average(dims: int) -> Any:
-    pool, unpool = getattr(aten, f"avg_pool{dims}d"), getattr(aten, f"avg_pool{dims}d_backward")
+    pool, unpool = getattr(aten, f"avg_pool{dims}d").default, getattr(aten, f"avg_pool{dims}d_backward").default
 
     def average(
         input: Tensor,
@@ -80,7 +80,10 @@ def _average(dims: int) -> Any:
 
 
 def _adaptive(dims: int) -> Any:
-    pool, unpool = getattr(aten, f"_adaptive_avg_pool{dims}d"), getattr(aten, f"_adaptive_avg_pool{dims}d_backward")
+    pool, unpool = (
+        getattr(aten, f"_adaptive_avg_pool{dims}d").default,
+        getattr(aten, f"_adaptive_avg_pool{dims}d_backward").default,
+    )
 
     def adaptive(input: Tensor, output_size: Any) -> Any:
         if input.dim() <= dims or _casts(input, dims):
@@ -97,8 +100,8 @@ def _adaptive(dims: int) -> Any:
 
 
 def _maximum(dims: int) -> Any:
-    pool = getattr(aten, f"max_pool{dims}d_with_indices")
-    unpool = getattr(aten, f"max_pool{dims}d_with_indices_backward")
+    pool = getattr(aten, f"max_pool{dims}d_with_indices").default
+    unpool = getattr(aten, f"max_pool{dims}d_with_indices_backward").default
 
     def maximum(
         input: Tensor,

@@ -25,7 +25,7 @@ class Relu(Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, inplace: bool) -> Tensor:
-        y: Tensor = aten.relu_(x) if inplace else aten.relu(x)
+        y: Tensor = aten.relu_.default(x) if inplace else aten.relu.default(x)
         if inplace:
             ctx.mark_dirty(x)
         ctx.save_for_backward(y)
@@ -34,7 +34,7 @@ class Relu(Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
         (y,) = ctx.saved_tensors
-        return aten.threshold_backward(g, y.detach(), 0), None
+        return aten.threshold_backward.default(g, y.detach(), 0), None
 
 
 class LeakyRelu(Function):
@@ -44,7 +44,7 @@ class LeakyRelu(Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, slope: float, inplace: bool) -> Tensor:
-        y: Tensor = aten.leaky_relu_(x, slope) if inplace else aten.leaky_relu(x, slope)
+        y: Tensor = aten.leaky_relu_.default(x, slope) if inplace else aten.leaky_relu.default(x, slope)
         if inplace:
             ctx.mark_dirty(x)
         ctx.save_for_backward(y if inplace else x)
@@ -54,7 +54,7 @@ class LeakyRelu(Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
         (saved,) = ctx.saved_tensors
-        return aten.leaky_relu_backward(g, saved.detach(), *ctx.settings), None, None
+        return aten.leaky_relu_backward.default(g, saved.detach(), *ctx.settings), None, None
 
 
 class Hardtanh(Function):
@@ -67,14 +67,14 @@ class Hardtanh(Function):
         ctx.save_for_backward(x.clone() if inplace else x)
         if inplace:
             ctx.mark_dirty(x)
-        y: Tensor = aten.hardtanh_(x, low, high) if inplace else aten.hardtanh(x, low, high)
+        y: Tensor = aten.hardtanh_.default(x, low, high) if inplace else aten.hardtanh.default(x, low, high)
         ctx.limits = low, high
         return y
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None]:
         (saved,) = ctx.saved_tensors
-        return aten.hardtanh_backward(g, saved.detach(), *ctx.limits), None, None, None
+        return aten.hardtanh_backward.default(g, saved.detach(), *ctx.limits), None, None, None
 
 
 _NUMBERS = (int, float)  # others are left to stock, to convert or to refuse

@@ -1,14 +1,17 @@
-"""Layer norm and group norm, whose double backward is batch norm's.
+"""Layer norm and group norm, differentiated twice by their own kernels.
 
-Both normalize rows. x as (1, R, D) has R rows of D values, one row per position (layer norm) or per sample and group
-(group norm), and what batch norm does to channels happens to them. The weight multiplies outside of the rows:
+Both normalize rows of D values: one row per position (layer norm), or per sample and group (group norm). With s and
+xhat as of batch norm, but per row, and a weight that multiplies outside of the rows:
 
     y = weight xhat + bias,    dx = T(weight g),    dweight = sum(g xhat),    dbias = sum(g)
+    T(h) = s [h - mean(h) - xhat mean(h xhat)]
 
-with T, batch norm's backward pass without a weight: linear and self-adjoint for fixed x. So for an incoming a
-(the gradient for dx) the gradient for g is weight T(a), for weight sum(g T(a)), and for x batch norm's at weight g.
+T, the backward pass without a weight, is linear and self-adjoint for fixed x. So for an incoming a (the gradient for
+dx) the gradient for g is weight T(a), for weight sum(g T(a)), and for x, with h = weight g and means over a row,
 
-Shapes: x, g, a as the user's; mean and invstd have R values.
+    -s [mean(a T(h)) xhat + mean(h xhat) T(a) + mean(a xhat) T(h)]
+
+Shapes: x, g, a as the user's; mean and invstd, of a row each, as the kernels return them.
 """
 
 from __future__ import annotations
@@ -21,14 +24,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from interpgrad.autocast import at_least_single, autocast_dtype
+from interpgrad.autocast import autocast_dtype
 from interpgrad.double_backward import batch_norm
 from interpgrad.double_backward.batch_norm import Gradients
 from interpgrad.double_backward.engine import Function, apply_each, needed, stock_gradients, tensors_of
 
 aten = torch.ops.aten
 
-_NATIVE = 0  # implementation of batch norm
 _AS_GIVEN = ("cpu",)  # where autocast leaves both norms alone; elsewhere it runs them in single precision
 
 
@@ -39,12 +41,12 @@ class _Layer(NamedTuple):
     eps: float
 
     def forward(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        y, mean, invstd = aten.native_layer_norm(x, self.shape, weight, bias, self.eps)
+        y, mean, invstd = aten.native_layer_norm.default(x, self.shape, weight, bias, self.eps)
         return y, mean, invstd
 
     def backward(self, g: Tensor, x: Tensor, saved: Sequence[Any], mask: Sequence[bool]) -> Gradients:
         weight, bias, mean, invstd = saved
-        dx, dweight, dbias = aten.native_layer_norm_backward(g, x, self.shape, mean, invstd, weight, bias, mask)
+        dx, dweight, dbias = aten.native_layer_norm_backward.default(g, x, self.shape, mean, invstd, weight, bias, mask)
         return dx, dweight, dbias
 
     def weighted(self, g: Tensor, weight: Tensor | None) -> Tensor:
@@ -62,16 +64,18 @@ class _Group(NamedTuple):
     eps: float
 
     def forward(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        y, mean, invstd = aten.native_group_norm(x, weight, bias, *self._sizes(x), self.eps)
+        y, mean, invstd = aten.native_group_norm.default(x, weight, bias, *self._sizes(x), self.eps)
         return y, mean, invstd
 
     def backward(self, g: Tensor, x: Tensor, saved: Sequence[Any], mask: Sequence[bool]) -> Gradients:
         weight, _, mean, invstd = saved
         g = g.contiguous(memory_format=_memory_format(x))
         if weight is None:  # no kernel gives the gradient for the bias then, in every release and on every device
-            dx = aten.native_group_norm_backward(g, x, mean, invstd, None, *self._sizes(x), [mask[0], False, False])[0]
+            dx = aten.native_group_norm_backward.default(
+                g, x, mean, invstd, None, *self._sizes(x), [mask[0], False, False]
+            )[0]
             return dx, None, self.sum(g) if mask[2] else None
-        dx, dweight, dbias = aten.native_group_norm_backward(g, x, mean, invstd, weight, *self._sizes(x), mask)
+        dx, dweight, dbias = aten.native_group_norm_backward.default(g, x, mean, invstd, weight, *self._sizes(x), mask)
         return dx, dweight, dbias
 
     def weighted(self, g: Tensor, weight: Tensor | None) -> Tensor:
@@ -130,15 +134,26 @@ class _RowNormBackward(Function):
             return None, None, None, *nothing
 
         for_g, for_x, for_weight = needed(ctx, ctx.tensors)
-        weighted, h = ctx.norm.weighted, ctx.norm.weighted(g, weight)
-        a, h, x_rows = (_as_rows(each.to(x.dtype), mean.numel()) for each in (a, h, x))
-        kernel = batch_norm.Kernel(ctx.norm.eps, _NATIVE, x.new_empty(0, dtype=torch.uint8))
-        mean, invstd = (at_least_single(each.flatten()) for each in (mean, invstd))
-        sums = batch_norm.channel_sums(h, x_rows, mean, invstd)
-        mask = [for_g or for_weight, for_x, False]
-        t, dx, _ = batch_norm.double_backward(kernel, a, h, x_rows, None, mean, invstd, sums, mask)
-        t, dx = (None if each is None else each.view(x.shape) for each in (t, dx))
-        return weighted(t, weight) if for_g else None, dx, ctx.norm.sum(g * t) if for_weight else None, *nothing
+        norm, ones = ctx.norm, None if weight is None else torch.ones_like(weight)  # of the dtype the kernels expect
+        t = norm.backward(a, x, (ones, None, mean, invstd), [True, False, False])[0]
+        dx = None
+        if for_x:
+            u = norm.backward(g, x, (weight, None, mean, invstd), [True, False, False])[0]
+            dx = _for_x(a, norm.weighted(g, weight), norm.forward(x, ones, None)[0], t, u, invstd)
+        dweight = norm.sum(g * t) if for_weight else None
+        return norm.weighted(t, weight) if for_g else None, dx, dweight, *nothing
+
+
+def _for_x(a: Tensor, h: Tensor, xhat: Tensor, of_a: Tensor, of_h: Tensor, invstd: Tensor) -> Tensor:
+    """The gradient for x as printed above, row by row."""
+    a, h, result, of_a, of_h = (each.reshape(invstd.numel(), -1) for each in (a, h, xhat, of_a, of_h))
+    product, scale = torch.empty_like(h), -invstd.view(-1, 1)
+
+    def mean(one: Tensor, other: Tensor) -> Tensor:
+        return torch.mul(one, other, out=product).mean(1, keepdim=True, dtype=scale.dtype).mul_(scale)
+
+    factors = mean(a, of_h), mean(h, result), mean(a, result)
+    return result.mul_(factors[0]).addcmul_(of_a, factors[1]).addcmul_(of_h, factors[2]).view(xhat.shape)
 
 
 def _formula(

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from interpgrad.inputs import Inputs, check_finite, which
+from interpgrad.autocast import at_least_single
+from interpgrad.inputs import Inputs, check_finite
 from interpgrad.model import classes_to_explain, evaluation_mode
 
 __all__ = ["HIGHER_IS_BETTER", "PROTOCOLS", "Protocol", "area", "average_drop", "average_gain", "average_increase"]
@@ -214,14 +215,15 @@ def grid_pointing(maps: Tensor, side: int = 2) -> Tensor:
     class of a cell, and its share there is the score. Chance is 1 / side². A map without positive values has shares 0.
 
     Source: Böhle et al., "Convolutional Dynamic Alignment Networks", arXiv 2104.00032, section 4.2. ValueError for a
-    map that the cells do not divide.
+    map that the cells do not divide, or with NaN or infinity.
 
     >>> grid_pointing(torch.tensor([[[3.0, 1.0], [-1.0, 0.0]]]))
     tensor([[0.7500, 0.2500, 0.0000, 0.0000]])
     """
     if maps.dim() != 3 or maps.shape[1] % side or maps.shape[2] % side:
         raise ValueError(f"expected maps (M, H, W) of {side}x{side} equal cells, got shape {tuple(maps.shape)}.")
-    positive = maps.clamp(min=0)
+    check_finite(maps, "maps")
+    positive = at_least_single(maps).clamp(min=0)  # half precision ends at 65504
     cells = F.avg_pool2d(positive[:, None], (maps.shape[1] // side, maps.shape[2] // side)).flatten(1)
     return _ratio(cells, cells.sum(1, keepdim=True))
 
@@ -392,9 +394,7 @@ def _check_images(x: Any, maps: Any, chunk_size: int) -> None:
             raise ValueError(f"expected {name} of shape {shape}, not empty, got {tuple(value.shape)}.")
     if len(maps) != len(x):
         raise ValueError(f"expected one map for each of the {len(x)} images, got {len(maps)}.")
-    if maps.isnan().any():
-        marked = maps.isnan().flatten(1).any(1)
-        raise ValueError(f"expected maps without NaN, got NaN in {which(marked)}: mend or drop them first.")
+    check_finite(maps, "maps")
     check_finite(x)
     if maps.min() < -_ROUNDING or maps.max() > 1 + _ROUNDING:
         raise ValueError(

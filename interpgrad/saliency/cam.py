@@ -29,6 +29,7 @@ and RuntimeError for a layer that was not reached or called twice.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -227,7 +228,8 @@ def score_cam(probe: Layer, images: Inputs, given: Any, chunk_size: int | None) 
     black = images if images.differ_beside_x else images[:1]
     of_black = probe.run(black.with_images(torch.zeros_like(black.x)), lambda _: None)
     scores = of_black.expand(len(images), -1).gather(1, classes[:, None]).repeat(1, a.shape[1])
-    varying = ~_is_constant(_over(a), _over(a).abs().amax(2))
+    error = _rounding(_over(a).abs(), 1)
+    varying = ~_is_constant(_over(a) - error, _over(a) + error)
     for of_image, channel in in_chunks(varying.nonzero(), chunk_size):
         copies = images[of_image]
         masks = _scaled(_resize(a[of_image, channel], images.x))[:, None]
@@ -365,22 +367,25 @@ def _read(probe: Layer, images: Inputs, given: Any) -> tuple[Tensor, Tensor, Ten
 
 
 def _weighted(weights: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
-    """The sum of w_k A_k (N, h, w), and the largest sum of magnitudes that its rounding comes of (N,)."""
+    """The sum of w_k A_k (N, h, w), and its rounding."""
     with without_autocast(a.device):
         weights = weights.to(a.dtype)
-        return torch.einsum("nk,nk...->n...", weights, a), (weights.abs() * _over(a).abs().amax(2)).sum(1)
+        magnitudes = torch.einsum("nk,nk...->n...", weights.abs(), a.abs())
+        return torch.einsum("nk,nk...->n...", weights, a), _rounding(magnitudes, a.shape[1])
 
 
 def _summed(terms: Tensor) -> tuple[Tensor, Tensor]:
     """The same of terms w_k A_k (N, K, h, w)."""
-    return terms.sum(1), _over(terms).abs().sum(1).amax(1)
+    return terms.sum(1), _rounding(terms.abs().sum(1), terms.shape[1])
 
 
-def _map(summed: Tensor, terms: Tensor, images: Inputs) -> Tensor:
+def _map(summed: Tensor, error: Tensor, images: Inputs) -> Tensor:
     """The map (N, H, W) before it is scaled."""
-    summed = summed.clamp(min=0)
-    constant = _is_constant(summed.flatten(1), terms).view(-1, *[1] * (summed.dim() - 1))
-    return _resize(torch.where(constant, 0, summed), images.x)
+    low, high = ((summed + each).clamp(min=0).flatten(1) for each in (-error, error))
+    constant = _is_constant(low, high).view(-1, *[1] * (summed.dim() - 1))
+    finite = summed.isfinite().flatten(1).all(1).view_as(constant)  # asked before a rectifier or resizing hides it
+    rectified = torch.where(finite, summed.clamp(min=0), torch.nan)
+    return _resize(torch.where(constant, 0, rectified), images.x)
 
 
 def _over(a: Tensor) -> Tensor:
@@ -388,13 +393,22 @@ def _over(a: Tensor) -> Tensor:
     return a.flatten(2)
 
 
-def _is_constant(maps: Tensor, terms: Tensor) -> Tensor:
-    """Whether maps (..., positions), sums of magnitudes `terms` (...), are constant up to rounding; not if one has NaN.
+def _rounding(magnitudes: Tensor, count: int) -> Tensor:
+    """A bound on the error of sums of so many terms, from the sums of their magnitudes.
+
+    It grows with the root of their number (Higham and Mary, "A New Approach to Probabilistic Rounding Error Analysis",
+    2019). Of 16 to 8192 channels two orders of summation differed by at most 0.6 eps times that root. Where all terms
+    are equal it was 0.06 eps times their number, 5.6 times the root of 8192. The bound lets them differ by 8 roots.
+    """
+    return 4 * math.sqrt(count) * torch.finfo(magnitudes.dtype).eps * magnitudes
+
+
+def _is_constant(low: Tensor, high: Tensor) -> Tensor:
+    """Whether maps (..., positions) between these may be constant, and all else rounding; not if one has NaN.
 
     Asked before they are resized, which rounds again: scaling would stretch the rounding to a map of noise.
     """
-    spread = maps.amax(-1) - maps.amin(-1)
-    return (spread == 0) | (spread < 8 * torch.finfo(maps.dtype).eps * terms)  # measured: up to 1.2, of 2048 channels
+    return low.amax(-1) <= high.amin(-1)
 
 
 def _resize(maps: Tensor, x: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from interpgrad import graph
 from interpgrad.criteria import Criterion, CriterionName
 from interpgrad.forward import check_images, forward_without_trace
 from interpgrad.gradients import backward_passes
@@ -88,7 +89,11 @@ def _gradient(
             forward = forward_without_trace(model, images.x, (), images.kwargs)
             classes = classes_to_explain(given, class_logits(forward.logits))
             with backward_passes(forward, classes, settings, create_graph=False) as passes:
-                parts.append(passes.gradient(guided=guided))
+                try:
+                    parts.append(passes.gradient(guided=guided))
+                except TypeError:  # torch.cond run outside of its compiler
+                    graph.refuse_opaque(graph.operations(forward.logits, until=forward.image))
+                    raise
     return torch.cat(parts)
 
 

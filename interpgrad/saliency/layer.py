@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from interpgrad.cleanup import removed_hooks
+from interpgrad.forward import eager, is_compiled
 from interpgrad.inputs import Inputs
 from interpgrad.model import unwrap
 
@@ -53,7 +55,8 @@ class Layer:
                 )
             return change(output)
 
-        with removed_hooks() as hooks:
+        # What was compiled in place without this hook would not call it.
+        with eager() if is_compiled(self.model) else nullcontext(), removed_hooks() as hooks:
             hooks.append(self.module.register_forward_hook(hook))
             logits = inputs.logits(self.model)
         if not calls:
