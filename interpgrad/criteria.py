@@ -161,6 +161,7 @@ def _differentiated(criterion: Criterion, logits: Tensor, y: Any, create_graph: 
     graph.refuse_opaque(operations)
     if create_graph:
         graph.refuse_once_differentiable(operations)
+        graph.refuse_cut(value, logits, operations)
     v = None
     if value.requires_grad:
         (v,) = torch.autograd.grad(value, logits, retain_graph=True, create_graph=create_graph, allow_unused=True)

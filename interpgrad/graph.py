@@ -162,6 +162,17 @@ def refuse_failing_double_backward(delta: Tensor, until: Tensor, recorded: Opera
                 _refuse_double_backward(str(reason), "PyTorch has no such derivative")
 
 
+def refuse_cut(output: Tensor, until: Tensor, recorded: Operations) -> None:
+    """Raise a RuntimeError naming the user's Function that cuts the gradient of `output` from its graph.
+
+    In a pass of its own, which begins with a gradient on a graph: only where there are such Functions.
+    """
+    if any(_is_users(found[0]) for found in recorded.values()) and output.requires_grad:
+        outer = torch.ones_like(output).requires_grad_()
+        with refusing_detached(recorded):
+            torch.autograd.grad(output, until, outer, retain_graph=True, create_graph=True, allow_unused=True)
+
+
 @contextmanager
 def refusing_detached(recorded: Operations) -> Iterator[None]:
     """In a backward pass inside, a RuntimeError where a user's Function cuts a gradient from its graph.
@@ -170,11 +181,16 @@ def refusing_detached(recorded: Operations) -> Iterator[None]:
     """
     with removed_hooks() as hooks:
         for found in recorded.values():
-            function = getattr(found[0], "_forward_cls", None)
-            if function and not issubclass(function, Function):
-                for node in found:
-                    hooks.append(node.register_hook(functools.partial(_refuse_detached, function.__name__)))
+            if _is_users(found[0]):
+                refuse: Any = functools.partial(_refuse_detached, found[0]._forward_cls.__name__)  # type: ignore[attr-defined]
+                hooks += [node.register_hook(refuse) for node in found]
         yield
+
+
+def _is_users(node: Node) -> bool:
+    """Whether it is of a Function that is not this package's."""
+    function = getattr(node, "_forward_cls", None)
+    return function is not None and not issubclass(function, Function)
 
 
 def _refuse_detached(name: str, gradients: tuple[Tensor | None, ...], outer: tuple[Tensor | None, ...]) -> None:

@@ -140,8 +140,8 @@ def test_attention(dtype):
         assert (y.dtype, y.device, y.shape) == (g.dtype, g.device, g.shape)
         rows = [each.detach().flatten(0, 1) for each in (g, q, k, v)]
         settings, p = attention._Settings(0.5, (2, 3, 9, 9)), torch.empty(6, 9, 9, dtype=dtype)
-        first = attention._backward(*rows, mask, p, settings)
-        context = SimpleNamespace(saved_tensors=(*rows, mask, p), settings=settings)
+        first, x, ds = attention._backward(*rows, mask, p, settings)
+        context = SimpleNamespace(saved_tensors=(*rows, mask, p, x, ds), settings=settings)
         with torch.no_grad():
             second = attention._AttentionBackward.backward(context, *first)
         for found, like in zip((*first, *second), (*rows[1:], mask, *rows, mask), strict=False):

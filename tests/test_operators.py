@@ -192,6 +192,22 @@ def test_operators_that_the_backward_of_a_criterion_calls(library, batch_norm):
         torch.testing.assert_close(ours, expected)
 
 
+@pytest.mark.parametrize("batch_norm", STATISTICS)
+def test_criteria_that_cut_a_gradient_from_its_graph(batch_norm):
+    refused = "double backward", "InNumpy", "returns a gradient without a graph"
+    assert_refuses_criterion(InNumpy.apply, batch_norm, *refused)
+    x, y = data()
+    settings = {"criterion": lambda z, _: InNumpy.apply(z).sum(), "batch_norm": batch_norm}
+    ours, expected = (
+        input_gradients(small_net(), x, y, **each) for each in (settings, {**settings, "criterion": cubes})
+    )
+    torch.testing.assert_close(ours, expected)
+
+
+def cubes(z, _):
+    return (z**3).sum()
+
+
 def test_operators_of_torchvision():
     class Deformable(nn.Module):
         def __init__(self):

@@ -66,7 +66,7 @@ class Attention(Function):
         if torch.is_grad_enabled():
             return *apply_each(_AttentionBackward, g, *ctx.saved_tensors, ctx.settings), None
         q, k, v, bias, p = ctx.saved_tensors
-        return *_backward(g, q, k, v, bias, p, ctx.settings), None
+        return *_backward(g, q, k, v, bias, p, ctx.settings)[0], None
 
 
 class _AttentionBackward(Function):
@@ -75,12 +75,13 @@ class _AttentionBackward(Function):
     @staticmethod
     def forward(ctx: Any, g: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, *others: Any) -> Any:
         p, ctx.settings = others
-        ctx.save_for_backward(g, q, k, v, bias, p)
-        return _backward(g, q, k, v, bias, p, ctx.settings)
+        gradients, x, ds = _backward(g, q, k, v, bias, p, ctx.settings)
+        ctx.save_for_backward(g, q, k, v, bias, p, x, ds)
+        return gradients
 
     @staticmethod
     def backward(ctx: Any, a: Tensor, b: Tensor, c: Tensor, e: Tensor | None) -> Any:
-        *inputs, p = ctx.saved_tensors
+        *inputs, p, x, ds = ctx.saved_tensors
         if torch.is_grad_enabled():
             return (
                 *stock_gradients(functools.partial(_formula, settings=ctx.settings), inputs, (a, b, c, e)),
@@ -88,13 +89,12 @@ class _AttentionBackward(Function):
                 None,
             )
         (g, q, k, v, bias), s = inputs, ctx.settings.scale
-        x = torch.bmm(g, v.mT)
         w = torch.baddbmm(p, a, k.mT, beta=0, alpha=s).baddbmm_(q, b.mT, alpha=s)
         if bias is not None and e is not None:
             w.view(ctx.settings.scores).add_(e)
-        ds, j = _of_softmax(x, p), _of_softmax(w, p)
+        j = _of_softmax(w, p)
         sum_x, sum_w = ((p * each).sum(-1, keepdim=True) for each in (x, w))
-        z = torch.bmm(g, c.mT).addcmul_(x, sum_w, value=-1).addcmul_(w, x.sub_(sum_x))
+        z = torch.bmm(g, c.mT).addcmul_(w, sum_x, value=-1).addcmul_(x, w.sub_(sum_w))
         z = _of_softmax(z, p)
         for_g = torch.bmm(p, c).baddbmm_(j, v)
         for_q = torch.baddbmm(q, ds, b, beta=0, alpha=s).baddbmm_(z, k, alpha=s)
@@ -104,11 +104,12 @@ class _AttentionBackward(Function):
 
 def _backward(
     g: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, p: Tensor, settings: _Settings
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """(dQ, dK, dV, dB), as printed above."""
-    ds, s = _of_softmax(torch.bmm(g, v.mT), p), settings.scale
+) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor | None], Tensor, Tensor]:
+    """(dQ, dK, dV, dB), as printed above, with X and dS."""
+    x = torch.bmm(g, v.mT)
+    ds, s = _of_softmax(x, p), settings.scale
     dq, dk = torch.baddbmm(q, ds, k, beta=0, alpha=s), torch.baddbmm(k, ds.mT, q, beta=0, alpha=s)
-    return dq, dk, torch.bmm(p.mT, g), _for_bias(ds, bias, settings)
+    return (dq, dk, torch.bmm(p.mT, g), _for_bias(ds, bias, settings)), x, ds
 
 
 def _formula(
