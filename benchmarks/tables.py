@@ -72,6 +72,33 @@ def overhead_cuda(stored: dict[str, Any]) -> str:
     )
 
 
+def transformers(stored: dict[str, Any]) -> str:
+    """A step before and after a change, each to the plain step of its own run, beside stock's double backward."""
+    names = "one shared forward, stock double backward", "interpgrad, shared forward"
+    before, now = ([each for each in stored[label]["results"]] for label in ("before", "now"))
+    lines = []
+    for old, new in zip(before, now, strict=True):
+        title = f"{new['model']}, {new['size']}², batch {new['batch']}, {new['precision']}"
+        memory = [f"{each['rows'][names[1]]['peak_ratio']:.2f}" for each in (old, new)]
+        lines.append([title, *_ratios(new, names[:1]), *_ratios(old, names[1:]), *_ratios(new, names[1:]), *memory])
+    headings = ["", "stock double backward", "before", "now", "memory, before", "memory, now"]
+    about = stored["now"]
+    return (
+        f"{markdown_table(headings, lines)}\n\n"
+        f"Measured on {about['date']}: {about['machine']}, {about['threads']} threads, torch {about['torch']}; medians of "
+        f"alternating steps, ratios to a plain step. Before is commit {stored['before']['commit']}. The limit is 7/3."
+    )
+
+
+def layers(stored: dict[str, Any]) -> str:
+    """Microseconds of a layer's four passes together, stock's and this package's before and after a change."""
+    lines = []
+    for name, kinds in stored["now"]["microseconds"].items():
+        before = stored["before"]["microseconds"][name]["interpgrad"]
+        lines.append([name, *(f"{sum(each):.0f}" for each in (kinds["stock"], before, kinds["interpgrad"]))])
+    return markdown_table(["microseconds", "stock", "before", "now"], lines)
+
+
 def kernels(stored: dict[str, Any]) -> str:
     """The operations whose kernels take more than their share."""
     from kernels import table
@@ -244,6 +271,8 @@ TABLES = {key: (render, STUDIES / "results" / source) for key, (render, source) 
         ("docs/evidence/cost.md", "targets-cuda"): (targets_cuda, "targets-cuda.json"),
         ("docs/evidence/cost.md", "kernels-cuda"): (kernels, "kernels-cuda.json"),
         ("docs/evidence/cost.md", "overhead"): (overhead, "overhead-cpu.json"),
+        ("docs/evidence/cost.md", "transformers"): (transformers, "transformers-cpu.json"),
+        ("docs/evidence/cost.md", "layers"): (layers, "layers-cpu.json"),
         ("docs/evidence/evaluation.md", "evaluation"): (evaluation, "evaluation-cpu.json"),
         ("docs/evidence/zoo.md", "zoo"): (zoo, "zoo.json"),
         ("docs/explanation/scaling.md", "counted"): (counted, "scaling.json"),

@@ -150,7 +150,7 @@ def _findings(
         yield from _about_activations(operations, settings.activations)
     yield from _about_functions(operations)
     yield from _about_statistics(operations, settings.batch_norm)
-    if written := len(operations.get(attention.Attention.operation, ())):
+    if written := len(operations.get(attention.Weights.operation, ())):
         yield _note(
             "attention",
             f"scaled_dot_product_attention x{written} written out, since fused kernels have no double backward: the "
@@ -159,7 +159,7 @@ def _findings(
     if attends.calls:
         yield _note(
             "attention on the math kernel",
-            f"{_list(attends.calls)}, slow in half precision: use F.scaled_dot_product_attention without dropout.",
+            f"{_list(attends.calls)}, slow in half precision: use F.scaled_dot_product_attention without enable_gqa.",
         )
     if forward.recomputes:
         yield _note(

@@ -260,7 +260,7 @@ POINTWISE = {
     "leaky relu in place": lambda x: F.leaky_relu_(x * 1, 0.2),
     "hardsigmoid": F.hardsigmoid,
     "gelu": F.gelu,
-    "gelu, left to stock": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu of tanh": lambda x: F.gelu(x, approximate="tanh"),
     "silu": F.silu,
     "silu in place": lambda x: F.silu(x * 1, inplace=True),
     "average pool": lambda x: F.avg_pool2d(x.view(1, 1, 5, 7), 3, 2, 1),

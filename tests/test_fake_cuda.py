@@ -138,11 +138,11 @@ def test_attention(dtype):
         with fast_double_backward():
             y = F.scaled_dot_product_attention(q, k, v, mask)
         assert (y.dtype, y.device, y.shape) == (g.dtype, g.device, g.shape)
-        rows = [each.detach().flatten(0, 1) for each in (g, q, k, v)]
+        q, k = (each.detach().flatten(0, 1) for each in (q, k))
         settings, p = attention._Settings(0.5, (2, 3, 9, 9)), torch.empty(6, 9, 9, dtype=dtype)
-        first, x, ds = attention._backward(*rows, mask, p, settings)
-        context = SimpleNamespace(saved_tensors=(*rows, mask, p, x, ds), settings=settings)
+        first = attention._backward(q, k, p, mask, settings)
+        context = SimpleNamespace(saved_tensors=(p, q, k, p, mask, p), settings=settings)
         with torch.no_grad():
-            second = attention._AttentionBackward.backward(context, *first)
-        for found, like in zip((*first, *second), (*rows[1:], mask, *rows, mask), strict=False):
+            second = attention._WeightsBackward.backward(context, *first)[:4]
+        for found, like in zip((*first, *second), (q, k, mask, p, q, k, p), strict=True):
             assert (found.dtype, found.device, found.shape) == (like.dtype, like.device, like.shape)

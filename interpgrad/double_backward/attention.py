@@ -1,21 +1,20 @@
-"""Scaled dot-product attention: fused kernels have no double backward, and the math kernel's is slow.
+"""Scaled dot-product attention: fused kernels have no double backward, and the math kernel's is slow in half precision.
 
 For queries, keys and values Q, K, V, a bias B (the mask) and the scale s:
 
     forward     P = softmax(s Q K^T + B),    O = P V
-    backward    dS = J(g V^T),    dQ = s dS K,    dK = s dS^T Q,    dV = P^T g,    dB = dS
+    backward    X = dO V^T,    dS = P * (X - rowsum(P * X)),    dQ = s dS K,    dK = s dS^T Q,    dB = dS
 
-with J(X) = P * X - P rowsum(P * X), the softmax's own backward pass. For incoming a, b, c, e (the gradients for dQ, dK,
-dV, dB), with X = g V^T and W = s (a K^T + Q b^T) + e, the gradients are
+The products with V are stock's. The weights P are a Function, and so is their backward pass from X to dQ, dK and dB.
+For incoming a, b, e (the gradients for these), with W = s (a K^T + Q b^T) + e, the gradients are
 
-    for g   P c + J(W) V                       for V   J(W)^T g
-    for Q   s (dS b + Z K)                     for K   s (dS^T a + Z^T Q)        for B   Z
-    Z = J(W * (X - rowsum(P * X)) - X rowsum(P * W) + g c^T)
+    for X   P * (W - rowsum(P * W))                         for Q   s dS b
+    for P   W * (X - rowsum(P * X)) - X rowsum(P * W)       for K   s dS^T a
 
-In half precision the scores s Q K^T and their softmax are computed in single precision, as in the fused kernels; all
-other products on the inputs' own units, while the math kernel converts everything.
+In half precision the scores s Q K^T and their softmax are computed in single precision, as in the fused kernels. All
+other products are of the inputs as they are, while the math kernel converts everything.
 
-Shapes: Q, g (N, L, E), K, V (N, S, E), P (N, L, S), with N the product of what is before; B (..., L, S), to broadcast.
+Shapes: Q (N, L, E), K (N, S, E), V (N, S, F), P (N, L, S), N the product of all before; B (..., L, S), to broadcast.
 """
 
 from __future__ import annotations
@@ -51,75 +50,74 @@ class _Settings(NamedTuple):
     scores: tuple[int, ...]
 
 
-class Attention(Function):
-    """O = P V."""
+class Weights(Function):
+    """P."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, settings: _Settings) -> Tensor:
-        p = _softmax(_scores(q, k).mul_(settings.scale), bias, settings).to(q.dtype)
+    def forward(ctx: Any, q: Tensor, k: Tensor, bias: Tensor | None, settings: _Settings) -> Tensor:
+        """The softmax; a row that is masked as a whole is zeros, as in stock."""
+        scores = _scores(q, k).mul_(settings.scale)
+        if bias is None:
+            p = scores.softmax(-1)
+        else:
+            nothing = (bias == -math.inf).all(-1, keepdim=True)
+            p = (scores.view(settings.scores) + bias.masked_fill(nothing, 0)).softmax(-1)
+            p = p.masked_fill_(nothing, 0).view(scores.shape)
+        p = p.to(q.dtype)
         ctx.settings = settings
-        ctx.save_for_backward(q, k, v, bias, p)
-        return torch.bmm(p, v)
+        ctx.save_for_backward(q, k, bias, p)
+        return p
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, x: Tensor) -> tuple[Tensor | None, ...]:
+        """Of any order."""
+        q, k, bias, p = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return *apply_each(_AttentionBackward, g, *ctx.saved_tensors, ctx.settings), None
-        q, k, v, bias, p = ctx.saved_tensors
-        return *_backward(g, q, k, v, bias, p, ctx.settings)[0], None
+            return *apply_each(_WeightsBackward, x, q, k, p, bias, ctx.settings), None
+        return *_backward(q, k, _of_softmax(x, p), bias, ctx.settings), None
 
 
-class _AttentionBackward(Function):
-    """(dQ, dK, dV, dB) of the backward pass, where it is to be differentiated again."""
-
-    @staticmethod
-    def forward(ctx: Any, g: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, *others: Any) -> Any:
-        p, ctx.settings = others
-        gradients, x, ds = _backward(g, q, k, v, bias, p, ctx.settings)
-        ctx.save_for_backward(g, q, k, v, bias, p, x, ds)
-        return gradients
+class _WeightsBackward(Function):
+    """(dQ, dK, dB), where they are to be differentiated again."""
 
     @staticmethod
-    def backward(ctx: Any, a: Tensor, b: Tensor, c: Tensor, e: Tensor | None) -> Any:
-        *inputs, p, x, ds = ctx.saved_tensors
+    def forward(ctx: Any, x: Tensor, q: Tensor, k: Tensor, p: Tensor, bias: Tensor | None, settings: _Settings) -> Any:
+        ds = _of_softmax(x, p)
+        ctx.settings = settings
+        ctx.save_for_backward(x, q, k, p, bias, ds)
+        return _backward(q, k, ds, bias, settings)
+
+    @staticmethod
+    def backward(ctx: Any, a: Tensor, b: Tensor, e: Tensor | None) -> Any:
+        x, q, k, p, bias, ds = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return (
-                *stock_gradients(functools.partial(_formula, settings=ctx.settings), inputs, (a, b, c, e)),
-                None,
-                None,
-            )
-        (g, q, k, v, bias), s = inputs, ctx.settings.scale
+            formula = functools.partial(_formula, bias=bias, settings=ctx.settings)
+            return *stock_gradients(formula, (x, q, k, p), (a, b, e)), None, None
+        s = ctx.settings.scale
         w = torch.baddbmm(p, a, k.mT, beta=0, alpha=s).baddbmm_(q, b.mT, alpha=s)
-        if bias is not None and e is not None:
+        if e is not None:
             w.view(ctx.settings.scores).add_(e)
-        j = _of_softmax(w, p)
         sum_x, sum_w = ((p * each).sum(-1, keepdim=True) for each in (x, w))
-        z = torch.bmm(g, c.mT).addcmul_(w, sum_x, value=-1).addcmul_(x, w.sub_(sum_w))
-        z = _of_softmax(z, p)
-        for_g = torch.bmm(p, c).baddbmm_(j, v)
-        for_q = torch.baddbmm(q, ds, b, beta=0, alpha=s).baddbmm_(z, k, alpha=s)
-        for_k = torch.baddbmm(k, ds.mT, a, beta=0, alpha=s).baddbmm_(z.mT, q, alpha=s)
-        return for_g, for_q, for_k, torch.bmm(j.mT, g), _for_bias(z, bias, ctx.settings), None, None
+        for_p = (x - sum_x).mul_(w).addcmul_(x, sum_w, value=-1)
+        for_q, for_k = (torch.baddbmm(q, ds, b, beta=0, alpha=s), torch.baddbmm(k, ds.mT, a, beta=0, alpha=s))
+        return _of_softmax(w, p), for_q, for_k, for_p, None, None
 
 
 def _backward(
-    g: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, p: Tensor, settings: _Settings
-) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor | None], Tensor, Tensor]:
-    """(dQ, dK, dV, dB), as printed above, with X and dS."""
-    x = torch.bmm(g, v.mT)
-    ds, s = _of_softmax(x, p), settings.scale
+    q: Tensor, k: Tensor, ds: Tensor, bias: Tensor | None, settings: _Settings
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(dQ, dK, dB), as printed above."""
+    s = settings.scale
     dq, dk = torch.baddbmm(q, ds, k, beta=0, alpha=s), torch.baddbmm(k, ds.mT, q, beta=0, alpha=s)
-    return (dq, dk, torch.bmm(p.mT, g), _for_bias(ds, bias, settings)), x, ds
+    return dq, dk, _for_bias(ds, bias, settings)
 
 
 def _formula(
-    g: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, settings: _Settings
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """The same in differentiable operations."""
-    p = _softmax(at_least_single(q) @ at_least_single(k).mT * settings.scale, bias, settings).to(q.dtype)
-    x = g @ v.mT
+    x: Tensor, q: Tensor, k: Tensor, p: Tensor, bias: Tensor | None, settings: _Settings
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The same from X, in differentiable operations."""
     ds = p * (x - (p * x).sum(-1, keepdim=True))
-    return settings.scale * ds @ k, settings.scale * ds.mT @ q, p.mT @ g, _for_bias(ds, bias, settings)
+    return settings.scale * ds @ k, settings.scale * ds.mT @ q, _for_bias(ds, bias, settings)
 
 
 def _scores(q: Tensor, k: Tensor) -> Tensor:
@@ -129,17 +127,8 @@ def _scores(q: Tensor, k: Tensor) -> Tensor:
     return torch.bmm(at_least_single(q), at_least_single(k).mT)
 
 
-def _softmax(scores: Tensor, bias: Tensor | None, settings: _Settings) -> Tensor:
-    """P; a row that is masked as a whole is zeros, as in stock."""
-    if bias is None:
-        return scores.softmax(-1)
-    nothing = (bias == -math.inf).all(-1, keepdim=True)
-    p = (scores.view(settings.scores) + bias.masked_fill(nothing, 0)).softmax(-1)
-    return p.masked_fill(nothing, 0).view(scores.shape)
-
-
 def _of_softmax(x: Tensor, p: Tensor) -> Tensor:
-    """J(X), summed in at least single precision."""
+    """P * (X - rowsum(P * X)), summed in at least single precision."""
     gradient: Tensor = aten._softmax_backward_data.default(x, p, -1, x.dtype)
     return gradient
 
@@ -162,11 +151,11 @@ def _attention(
 ) -> Any:
     """The replacement of F.scaled_dot_product_attention, with its signature.
 
-    Dropout, groups of queries and what is broadcast is left to the math kernel, as is what stock refuses.
+    Groups of queries and what is broadcast is left to the math kernel, as is what stock refuses.
     """
     *lead, length, width = query.shape
-    sizes = key.shape[:-1], value.shape[:-1]
-    if not lead or dropout_p or enable_gqa or query.numel() == 0 or {*sizes} != {(*lead, key.shape[-2])}:
+    sizes = {tuple(key.shape[:-1]), tuple(value.shape[:-1])}
+    if not lead or enable_gqa or query.numel() == 0 or sizes != {(*lead, key.shape[-2])}:
         return NotImplemented
     if key.numel() == 0 or key.shape[-1] != width or (attn_mask is not None and is_causal):
         return NotImplemented
@@ -178,8 +167,9 @@ def _attention(
         return NotImplemented
     settings = _Settings(1 / math.sqrt(width) if scale is None else scale, scores)
     with without_autocast(query.device):
-        rows = (each.reshape(-1, *each.shape[-2:]) for each in (query, key, value))
-        return Attention.apply(*rows, bias, settings).view(*lead, length, value.shape[-1])
+        q, k, v = (each.reshape(-1, *each.shape[-2:]) for each in (query, key, value))
+        p = F.dropout(Weights.apply(q, k, bias, settings), dropout_p)
+        return torch.bmm(p, v).view(*lead, length, value.shape[-1])
 
 
 def _bias(mask: Tensor | None, is_causal: bool, query: Tensor, scores: tuple[int, ...]) -> Any:

@@ -1,6 +1,7 @@
 """GELU and SiLU, whose second derivative is written out; stock's double backward is some twenty passes over memory.
 
     GELU           f'' = phi(x) (2 - x^2), with phi the density of the normal distribution
+    GELU of tanh   f'' = (1 - t^2) (2 u' - b - x t u'^2), with t = tanh(u), u' = b (1 + 3 c x^2), b = sqrt(2 / pi)
     SiLU           f'' = s (1 - s) (2 + x (1 - 2 s)), with s the sigmoid of x
     hardsigmoid    f'' = 0; PyTorch has no double backward of it, so that MobileNetV3's gates could not be trained
 
@@ -10,6 +11,7 @@ kernel, and the one for x is u g f''(x).
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -26,19 +28,20 @@ aten = torch.ops.aten
 
 
 class Gelu(Function):
-    """y = x Phi(x)."""
+    """y = x Phi(x), or its approximation by tanh(u), u = b (x + c x^3)."""
 
     operation = "Gelu"
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, approximate: str) -> Tensor:
+        ctx.approximate = approximate
         ctx.save_for_backward(x)
-        y: Tensor = aten.gelu.default(x)
+        y: Tensor = aten.gelu.default(x, approximate=approximate)
         return y
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        return _backward(g, ctx.saved_tensors[0], aten.gelu_backward.default, _gelu_second)
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        return _backward(g, ctx.saved_tensors[0], *_GELU[ctx.approximate]), None
 
 
 class Silu(Function):
@@ -113,6 +116,15 @@ def _gelu_second(x: Tensor) -> Tensor:
     return square.sub_(2).mul_(density).mul_(-1 / math.sqrt(2 * math.pi))
 
 
+def _gelu_of_tanh_second(x: Tensor) -> Tensor:
+    square, b, c = x.square(), math.sqrt(2 / math.pi), 0.044715
+    t = (square * c).add_(1).mul_(x).mul_(b).tanh_()
+    slope = square.mul_(3 * b * c).add_(b)
+    factor = slope.square().mul_(x).mul_(t).neg_().add_(slope, alpha=2).sub_(b)
+    second: Tensor = aten.tanh_backward.default(factor, t)
+    return second
+
+
 def _silu_second(x: Tensor) -> Tensor:
     s = x.sigmoid()
     factor = (s * -2).add_(1).mul_(x).add_(2)
@@ -120,8 +132,14 @@ def _silu_second(x: Tensor) -> Tensor:
     return second
 
 
+_GELU = {
+    "none": (aten.gelu_backward.default, _gelu_second),
+    "tanh": (functools.partial(aten.gelu_backward.default, approximate="tanh"), _gelu_of_tanh_second),
+}
+
+
 def _gelu(input: Tensor, approximate: str = "none") -> Any:
-    return Gelu.apply(input) if approximate == "none" else NotImplemented
+    return Gelu.apply(input, approximate) if approximate in _GELU else NotImplemented
 
 
 def _silu(input: Tensor, inplace: bool = False) -> Any:
