@@ -253,6 +253,8 @@ def inputs(
     for module in model.modules():
         if isinstance(module, (nn.Dropout, StochasticDepth)):
             module.p = 0.0  # the contenders must compute the same
+        if hasattr(module, "drop_prob"):  # timm's stochastic depth
+            module.drop_prob = 0.0
     for parameter_name, parameter in model.named_parameters():
         if parameter_name.endswith("layer_scale"):  # so small that both input gradients are one up to rounding
             nn.init.ones_(parameter)

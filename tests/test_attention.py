@@ -143,6 +143,7 @@ ERRORS = {
     "keys of another width": no_replacement(key=drawn(2, 3, 5, 6)),
     "keys of another precision": no_replacement(key=drawn(2, 3, 5, 4).float()),
     "a word for a scale": no_replacement(scale="1"),
+    "a dropout of 2": no_replacement(dropout_p=2.0),
 }
 
 

@@ -298,6 +298,8 @@ MODULES = {
     "same padding, even kernel": nn.Conv2d(3, 4, 4, padding="same"),
     "transposed": nn.ConvTranspose2d(3, 4, 3, stride=2, output_padding=1),
     "depthwise": nn.Conv2d(3, 6, 3, groups=3, bias=False),
+    "patches": nn.Conv2d(3, 4, (2, 4), stride=(2, 4)),
+    "patches that do not fit": nn.Conv2d(3, 4, 3, stride=3),
     "batch norm": nn.BatchNorm2d(3),
     "batch norm in evaluation": nn.BatchNorm2d(3).eval(),
     "cumulative average": nn.BatchNorm2d(3, momentum=None),

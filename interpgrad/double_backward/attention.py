@@ -168,7 +168,7 @@ def _attention(
     settings = _Settings(1 / math.sqrt(width) if scale is None else scale, scores)
     with without_autocast(query.device):
         q, k, v = (each.reshape(-1, *each.shape[-2:]) for each in (query, key, value))
-        p = F.dropout(Weights.apply(q, k, bias, settings), dropout_p)
+        p = torch.dropout(Weights.apply(q, k, bias, settings), dropout_p, True)
         return torch.bmm(p, v).view(*lead, length, value.shape[-1])
 
 

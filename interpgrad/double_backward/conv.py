@@ -76,10 +76,23 @@ class _DataGradient(Function):
 def _convolution_backward(
     g: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, mask: list[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    if mask == [True, False, False] and _takes_patches(x, weight, geometry):
+        with without_autocast(g.device):
+            patches = torch.tensordot(g, weight, ([1], [0]))  # (N, h, w, C, *kernel)
+        return patches.permute(0, 3, 1, 4, 2, 5).reshape(x.shape), None, None
     transposed, groups = geometry[3], geometry[5]
     channels = weight.shape[1] * groups if transposed else weight.shape[0]
     dx, dweight, dbias = aten.convolution_backward.default(g, x, weight, [channels], *geometry, mask)
     return dx, dweight, dbias
+
+
+def _takes_patches(x: Tensor, weight: Tensor, geometry: Geometry) -> bool:
+    """Whether it is a product with each patch of an image, of a ViT's first layer, whose kernel is slow on the CPU."""
+    stride, padding, dilation, transposed, _, groups = geometry
+    kernel = [*weight.shape[2:]]
+    apart = stride == kernel and set(padding) == {0} and set(dilation) == {1} and not transposed and groups == 1
+    few = x.device.type == "cpu" and x.dim() == 4 and x.shape[1] <= 4
+    return few and apart and x.shape[2] % kernel[0] == 0 and x.shape[3] % kernel[1] == 0
 
 
 def sizes(value: Any, dims: int) -> list[int] | None:
