@@ -50,7 +50,7 @@ class _Layer(NamedTuple):
         return dx, dweight, dbias
 
     def weighted(self, g: Tensor, weight: Tensor | None) -> Tensor:
-        return g if weight is None else g * weight
+        return g if weight is None else g * weight.to(g.dtype)
 
     def sum(self, g: Tensor) -> Tensor:
         """Over what shares a weight."""
@@ -79,7 +79,7 @@ class _Group(NamedTuple):
         return dx, dweight, dbias
 
     def weighted(self, g: Tensor, weight: Tensor | None) -> Tensor:
-        return g if weight is None else g * weight.view(-1, *[1] * (g.dim() - 2))
+        return g if weight is None else g * weight.to(g.dtype).view(-1, *[1] * (g.dim() - 2))
 
     def sum(self, g: Tensor) -> Tensor:
         """Over what shares a weight."""
@@ -147,10 +147,10 @@ class _RowNormBackward(Function):
 def _for_x(a: Tensor, h: Tensor, xhat: Tensor, of_a: Tensor, of_h: Tensor, invstd: Tensor) -> Tensor:
     """The gradient for x as printed above, row by row."""
     a, h, result, of_a, of_h = (each.reshape(invstd.numel(), -1) for each in (a, h, xhat, of_a, of_h))
-    product, scale = torch.empty_like(h), -invstd.view(-1, 1)
+    product, scale = torch.empty_like(result), -invstd.view(-1, 1)
 
     def mean(one: Tensor, other: Tensor) -> Tensor:
-        return torch.mul(one, other, out=product).mean(1, keepdim=True, dtype=scale.dtype).mul_(scale)
+        return (torch.mul(one, other, out=product).mean(1, keepdim=True) * scale).to(product.dtype)
 
     factors = mean(a, of_h), mean(h, result), mean(a, result)
     return result.mul_(factors[0]).addcmul_(of_a, factors[1]).addcmul_(of_h, factors[2]).view(xhat.shape)
