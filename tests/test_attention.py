@@ -221,6 +221,32 @@ def test_of_the_loss(settings):
     torch.testing.assert_close(*found)
 
 
+def test_a_mask_is_not_kept():
+    """So the user may write over it."""
+    mask = drawn(5, 5).requires_grad_(False)
+    with fast_double_backward():
+        y = F.scaled_dot_product_attention(*inputs(), mask)
+    mask.zero_()
+    y.sum().backward()
+
+
+@pytest.mark.parametrize("first_pass", [False, True])
+def test_autocast_in_the_backward_passes(first_pass):
+    """Products of the Functions are as they were recorded; stock's, with the values, are cast, and rounded."""
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        tensors = [each.detach().float().requires_grad_() for each in inputs()]
+        with fast_double_backward():
+            y = F.scaled_dot_product_attention(*tensors)
+        with autocast(dtype if first_pass else torch.float32):
+            first = torch.autograd.grad(y.square().sum(), tensors, create_graph=True)
+        with autocast(dtype):
+            found.append([*first, *torch.autograd.grad(sum(each.square().sum() for each in first), tensors)])
+    for single, half in zip(*found, strict=True):
+        assert half.dtype == single.dtype
+        assert (half - single).norm() < 2**-6 * single.norm()
+
+
 def test_batched_gradients():
     """A Jacobian with is_grads_batched has its graph."""
     tensors, g = inputs(), drawn(2, 2, 3, 5, 4)
@@ -235,3 +261,28 @@ def test_batched_gradients():
         for first in (batched, expected)
     ]
     torch.testing.assert_close(*second)
+
+
+TWICE = {
+    "attention": (F.scaled_dot_product_attention, inputs()),
+    "attention with a learned mask": (F.scaled_dot_product_attention, [*inputs(), MASKS["learned, of each head"]]),
+    "layer norm": (lambda x, w: F.layer_norm(x, (4,), w), [drawn(3, 4).requires_grad_(), drawn(4).requires_grad_()]),
+    "group norm": (lambda x: F.group_norm(x, 2), [drawn(3, 4, 2).requires_grad_()]),
+    "GELU": (F.gelu, [drawn(3, 4).requires_grad_()]),
+    "SiLU": (F.silu, [drawn(3, 4).requires_grad_()]),
+}
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("name", TWICE)
+def test_batched_second_derivatives(name, create_graph):
+    """As of a Hessian by vectorized passes."""
+    function, tensors = TWICE[name]
+    with fast_double_backward():
+        y = function(*tensors)
+    first = torch.autograd.grad(y, tensors, drawn(*y.shape, seed=8), create_graph=True)
+    outer = [drawn(2, *each.shape, seed=9) for each in first]
+    options = {"create_graph": create_graph, "retain_graph": True}
+    batched = torch.autograd.grad(first, tensors, outer, is_grads_batched=True, **options)
+    single = [torch.autograd.grad(first, tensors, each, **options) for each in zip(*outer, strict=True)]
+    torch.testing.assert_close(list(batched), [torch.stack(each) for each in zip(*single, strict=True)])

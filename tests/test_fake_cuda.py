@@ -139,9 +139,10 @@ def test_attention(dtype):
             y = F.scaled_dot_product_attention(q, k, v, mask)
         assert (y.dtype, y.device, y.shape) == (g.dtype, g.device, g.shape)
         q, k = (each.detach().flatten(0, 1) for each in (q, k))
-        settings, p = attention._Settings(0.5, (2, 3, 9, 9)), torch.empty(6, 9, 9, dtype=dtype)
-        first = attention._backward(q, k, p, mask, settings)
-        context = SimpleNamespace(saved_tensors=(p, q, k, p, mask, p), settings=settings)
+        settings = attention._Settings(0.5, (2, 3, 9, 9), (mask.shape, mask.dtype))
+        p = torch.empty(6, 9, 9, dtype=dtype)
+        first = attention._backward(q, k, p, settings)
+        context = SimpleNamespace(saved_tensors=(p, q, k, p, p), settings=settings)
         with torch.no_grad():
             second = attention._WeightsBackward.backward(context, *first)[:4]
         for found, like in zip((*first, *second), (q, k, mask, p, q, k, p), strict=True):

@@ -44,10 +44,11 @@ differentiable_attention = OfAllThreads(
 
 
 class _Settings(NamedTuple):
-    """The scale s, and the shape of the scores (..., L, S)."""
+    """The scale s, the shape of the scores (..., L, S), and the shape and dtype of a bias with a gradient."""
 
     scale: float
     scores: tuple[int, ...]
+    bias: tuple[torch.Size, torch.dtype] | None
 
 
 class Weights(Function):
@@ -65,59 +66,64 @@ class Weights(Function):
             p = p.masked_fill_(nothing, 0).view(scores.shape)
         p = p.to(q.dtype)
         ctx.settings = settings
-        ctx.save_for_backward(q, k, bias, p)
+        ctx.save_for_backward(q, k, p)
         return p
 
     @staticmethod
     def backward(ctx: Any, x: Tensor) -> tuple[Tensor | None, ...]:
         """Of any order."""
-        q, k, bias, p = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            return *apply_each(_WeightsBackward, x, q, k, p, bias, ctx.settings), None
-        return *_backward(q, k, _of_softmax(x, p), bias, ctx.settings), None
+        q, k, p = ctx.saved_tensors
+        with without_autocast(x.device):
+            if torch.is_grad_enabled():
+                return *apply_each(_WeightsBackward, x, q, k, p, ctx.settings), None
+            return *_backward(q, k, _of_softmax(x, p), ctx.settings), None
 
 
 class _WeightsBackward(Function):
     """(dQ, dK, dB), where they are to be differentiated again."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, q: Tensor, k: Tensor, p: Tensor, bias: Tensor | None, settings: _Settings) -> Any:
+    def forward(ctx: Any, x: Tensor, q: Tensor, k: Tensor, p: Tensor, settings: _Settings) -> Any:
         ds = _of_softmax(x, p)
         ctx.settings = settings
-        ctx.save_for_backward(x, q, k, p, bias, ds)
-        return _backward(q, k, ds, bias, settings)
+        ctx.save_for_backward(x, q, k, p, ds)
+        return _backward(q, k, ds, settings)
 
     @staticmethod
     def backward(ctx: Any, a: Tensor, b: Tensor, e: Tensor | None) -> Any:
-        x, q, k, p, bias, ds = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            formula = functools.partial(_formula, bias=bias, settings=ctx.settings)
-            return *stock_gradients(formula, (x, q, k, p), (a, b, e)), None, None
-        s = ctx.settings.scale
-        w = torch.baddbmm(p, a, k.mT, beta=0, alpha=s).baddbmm_(q, b.mT, alpha=s)
-        if e is not None:
-            w.view(ctx.settings.scores).add_(e)
-        sum_x, sum_w = ((p * each).sum(-1, keepdim=True) for each in (x, w))
-        for_p = (x - sum_x).mul_(w).addcmul_(x, sum_w, value=-1)
-        for_q, for_k = (torch.baddbmm(q, ds, b, beta=0, alpha=s), torch.baddbmm(k, ds.mT, a, beta=0, alpha=s))
-        return _of_softmax(w, p), for_q, for_k, for_p, None, None
+        x, q, k, p, ds = ctx.saved_tensors
+        with without_autocast(x.device):
+            if torch.is_grad_enabled() or any(each is not None and private.is_batched(each) for each in (a, b, e)):
+                formula = functools.partial(_formula, settings=ctx.settings)
+                return *stock_gradients(formula, (x, q, k, p), (a, b, e)), None
+            return *_double_backward(a, b, e, x, q, k, p, ds, ctx.settings), None
 
 
-def _backward(
-    q: Tensor, k: Tensor, ds: Tensor, bias: Tensor | None, settings: _Settings
-) -> tuple[Tensor, Tensor, Tensor | None]:
+def _double_backward(
+    a: Tensor, b: Tensor, e: Tensor | None, x: Tensor, q: Tensor, k: Tensor, p: Tensor, ds: Tensor, settings: _Settings
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients for X, Q, K and P, as printed above."""
+    s = settings.scale
+    w = torch.baddbmm(p, a, k.mT, beta=0, alpha=s).baddbmm_(q, b.mT, alpha=s)
+    if e is not None:
+        w.view(settings.scores).add_(e)
+    sum_x, sum_w = ((p * each).sum(-1, keepdim=True) for each in (x, w))
+    for_p = (x - sum_x).mul_(w).addcmul_(x, sum_w, value=-1)
+    for_q, for_k = torch.baddbmm(q, ds, b, beta=0, alpha=s), torch.baddbmm(k, ds.mT, a, beta=0, alpha=s)
+    return _of_softmax(w, p), for_q, for_k, for_p
+
+
+def _backward(q: Tensor, k: Tensor, ds: Tensor, settings: _Settings) -> tuple[Tensor, Tensor, Tensor | None]:
     """(dQ, dK, dB), as printed above."""
     s = settings.scale
     dq, dk = torch.baddbmm(q, ds, k, beta=0, alpha=s), torch.baddbmm(k, ds.mT, q, beta=0, alpha=s)
-    return dq, dk, _for_bias(ds, bias, settings)
+    return dq, dk, _for_bias(ds, settings)
 
 
-def _formula(
-    x: Tensor, q: Tensor, k: Tensor, p: Tensor, bias: Tensor | None, settings: _Settings
-) -> tuple[Tensor, Tensor, Tensor | None]:
+def _formula(x: Tensor, q: Tensor, k: Tensor, p: Tensor, settings: _Settings) -> tuple[Tensor, Tensor, Tensor | None]:
     """The same from X, in differentiable operations."""
     ds = p * (x - (p * x).sum(-1, keepdim=True))
-    return settings.scale * ds @ k, settings.scale * ds.mT @ q, _for_bias(ds, bias, settings)
+    return settings.scale * ds @ k, settings.scale * ds.mT @ q, _for_bias(ds, settings)
 
 
 def _scores(q: Tensor, k: Tensor) -> Tensor:
@@ -133,10 +139,11 @@ def _of_softmax(x: Tensor, p: Tensor) -> Tensor:
     return gradient
 
 
-def _for_bias(gradient: Tensor, bias: Tensor | None, settings: _Settings) -> Tensor | None:
-    if bias is None or not bias.requires_grad:
+def _for_bias(gradient: Tensor, settings: _Settings) -> Tensor | None:
+    if settings.bias is None:
         return None
-    return gradient.view(settings.scores).sum_to_size(bias.shape).to(bias.dtype)
+    shape, dtype = settings.bias
+    return gradient.view(settings.scores).sum_to_size(shape).to(dtype)
 
 
 def _attention(
@@ -157,7 +164,7 @@ def _attention(
     sizes = {tuple(key.shape[:-1]), tuple(value.shape[:-1])}
     if not lead or enable_gqa or query.numel() == 0 or sizes != {(*lead, key.shape[-2])}:
         return NotImplemented
-    if key.numel() == 0 or key.shape[-1] != width or (attn_mask is not None and is_causal):
+    if 0 in (*key.shape, *value.shape) or key.shape[-1] != width or (attn_mask is not None and is_causal):
         return NotImplemented
     dtype, scores = autocast_dtype(query.device), (*lead, length, key.shape[-2])
     if dtype is not None:
@@ -165,7 +172,8 @@ def _attention(
     bias = _bias(attn_mask, is_causal, query, scores)
     if bias is NotImplemented or not query.dtype == key.dtype == value.dtype:
         return NotImplemented
-    settings = _Settings(1 / math.sqrt(width) if scale is None else scale, scores)
+    learned = (bias.shape, bias.dtype) if bias is not None and bias.requires_grad else None
+    settings = _Settings(1 / math.sqrt(width) if scale is None else scale, scores, learned)
     with without_autocast(query.device):
         q, k, v = (each.reshape(-1, *each.shape[-2:]) for each in (query, key, value))
         p = torch.dropout(Weights.apply(q, k, bias, settings), dropout_p, True)

@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from interpgrad import private
 from interpgrad.autocast import autocast_dtype
 from interpgrad.double_backward import batch_norm
 from interpgrad.double_backward.batch_norm import Gradients
@@ -127,7 +128,8 @@ class _RowNormBackward(Function):
     def backward(ctx: Any, a: Tensor | None, aweight: Tensor | None, abias: Tensor | None) -> Any:
         g, x, weight, mean, invstd = ctx.saved_tensors
         nothing = [None] * 5
-        if torch.is_grad_enabled() or aweight is not None or abias is not None:
+        batched = a is not None and private.is_batched(a)
+        if torch.is_grad_enabled() or batched or aweight is not None or abias is not None:
             formula = functools.partial(_formula, norm=ctx.norm, rows=mean.numel())
             return *stock_gradients(formula, (g, x, weight), (a, aweight, abias)), *nothing
         if a is None:

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from interpgrad import private
 from interpgrad.autocast import at_least_single
 from interpgrad.double_backward.engine import Function, apply_each
 from interpgrad.double_backward.on_views import in_place
@@ -105,7 +106,10 @@ class _Backward(Function):
         """Of any order: the operations are differentiable where they have to be."""
         g, x = ctx.saved_tensors
         first, second = ctx.derivatives
-        dx = None if second is None else second(at_least_single(x)).mul_(g).mul_(u).to(x.dtype)
+        dx = None
+        if second is not None:
+            dx = second(at_least_single(x)).mul_(g)
+            dx = (dx * u if private.is_batched(u) else dx.mul_(u)).to(x.dtype)
         return _backward(u, x, first, second), dx, None, None
 
 
