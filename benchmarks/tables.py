@@ -75,7 +75,7 @@ def overhead_cuda(stored: dict[str, Any]) -> str:
 def transformers(stored: dict[str, Any]) -> str:
     """A step before and after a change, each to the plain step of its own run, beside stock's double backward."""
     names = "one shared forward, stock double backward", "interpgrad, shared forward"
-    before, now = ([each for each in stored[label]["results"]] for label in ("before", "now"))
+    before, now = (stored[label]["results"] for label in ("before", "now"))
     lines = []
     for old, new in zip(before, now, strict=True):
         title = f"{new['model']}, {new['size']}², batch {new['batch']}, {new['precision']}"
@@ -85,8 +85,9 @@ def transformers(stored: dict[str, Any]) -> str:
     about = stored["now"]
     return (
         f"{markdown_table(headings, lines)}\n\n"
-        f"Measured on {about['date']}: {about['machine']}, {about['threads']} threads, torch {about['torch']}; medians of "
-        f"alternating steps, ratios to a plain step. Before is commit {stored['before']['commit']}. The limit is 7/3."
+        f"Measured on {about['date']}: {about['machine']}, {about['threads']} threads, torch {about['torch']}; medians "
+        f"of alternating steps, ratios to a plain step. Before is commit {stored['before']['commit']}. "
+        "The limit is 7/3."
     )
 
 
