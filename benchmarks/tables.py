@@ -32,9 +32,16 @@ def overhead(stored: dict[str, Any]) -> str:
         lines[-1].append(f"{each['rows']['interpgrad, shared forward']['peak_ratio']:.2f}")
     return (
         f"{markdown_table(['', *headings], lines)}\n\n"
-        f"Measured on {stored['date']}: {stored['machine']}, {stored['threads']} threads, torch {stored['torch']}, "
-        f"fp32; medians of alternating steps, ratios to a plain step. The limit is 7/3 = 2.33."
+        f"{_measured_on(stored)}, fp32; medians of alternating steps, ratios to a plain step. The limit is 7/3 = 2.33."
     )
+
+
+def _measured_on(stored: dict[str, Any]) -> str:
+    return f"Measured on {stored['date']}: {stored['machine']}, {stored['threads']} threads, torch {stored['torch']}"
+
+
+def _title(each: dict[str, Any]) -> str:
+    return f"{each['model']}, {each['size']}², batch {each['batch']}, {each['precision']}{_layout(each)}"
 
 
 def _layout(each: dict[str, Any]) -> str:
@@ -62,8 +69,9 @@ def overhead_cuda(stored: dict[str, Any]) -> str:
     lines = []
     models = [each["model"] for each in stored["results"]]
     for each in sorted(stored["results"], key=lambda each: models.index(each["model"])):
-        title = f"{each['model']}, {each['size']}², batch {each['batch']}, {each['precision']}{_layout(each)}"
-        lines.append([title, f"{each['rows']['plain step']['ms']:.1f} ms", *_ratios(each, names), *_in_a_graph(each)])
+        lines.append(
+            [_title(each), f"{each['rows']['plain step']['ms']:.1f} ms", *_ratios(each, names), *_in_a_graph(each)]
+        )
         lines[-1].append(f"{each['rows']['interpgrad, shared forward']['peak_ratio']:.2f}")
     return (
         f"{markdown_table(['', *headings], lines)}\n\n"
@@ -78,16 +86,14 @@ def transformers(stored: dict[str, Any]) -> str:
     before, now = (stored[label]["results"] for label in ("before", "now"))
     lines = []
     for old, new in zip(before, now, strict=True):
-        title = f"{new['model']}, {new['size']}², batch {new['batch']}, {new['precision']}"
         memory = [f"{each['rows'][names[1]]['peak_ratio']:.2f}" for each in (old, new)]
-        lines.append([title, *_ratios(new, names[:1]), *_ratios(old, names[1:]), *_ratios(new, names[1:]), *memory])
+        ratios = [*_ratios(new, names[:1]), *_ratios(old, names[1:]), *_ratios(new, names[1:])]
+        lines.append([_title(new), *ratios, *memory])
     headings = ["", "stock double backward", "before", "now", "memory, before", "memory, now"]
-    about = stored["now"]
     return (
         f"{markdown_table(headings, lines)}\n\n"
-        f"Measured on {about['date']}: {about['machine']}, {about['threads']} threads, torch {about['torch']}; medians "
-        f"of alternating steps, ratios to a plain step. Before is commit {stored['before']['commit']}. "
-        "The limit is 7/3."
+        f"{_measured_on(stored['now'])}; medians of alternating steps, ratios to a plain step. "
+        f"Before is commit {stored['before']['commit']}. The limit is 7/3."
     )
 
 
@@ -149,7 +155,7 @@ def evaluation(stored: dict[str, Any]) -> str:
         [
             table(stored["results"]),
             "",
-            f"Measured on {stored['date']}: {stored['machine']}, {stored['threads']} threads, torch {stored['torch']}.",
+            f"{_measured_on(stored)}.",
         ]
     )
 

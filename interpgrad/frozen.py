@@ -20,8 +20,8 @@ from torch.autograd.graph import Node
 
 from interpgrad import graph, private
 from interpgrad.cleanup import removed_hooks
-from interpgrad.double_backward.batch_norm import BatchNorm, Scaling
-from interpgrad.double_backward.engine import Function, apply_each, frozen_pass, in_frozen_pass, needed
+from interpgrad.double_backward.batch_norm import BatchNorm, scaling
+from interpgrad.double_backward.engine import Function, frozen_pass, in_frozen_pass, needed
 from interpgrad.double_backward.sync_batch_norm import Standardized, SyncBatchNorm
 
 _STOCK = ("NativeBatchNorm", "CudnnBatchNorm", "MiopenBatchNorm", "NativeBatchNormLegit", "BatchNormWithUpdate")
@@ -60,7 +60,7 @@ class _Scaled:
         if gradients[0] is None or not in_frozen_pass():
             return None
         weight, invstd = self.node._saved_weight, self.node._saved_result2
-        return apply_each(Scaling, outer[0], weight, invstd), *gradients[1:]
+        return scaling(outer[0], weight, invstd), *gradients[1:]
 
 
 def batch_statistics(operations: graph.Operations) -> set[Node]:

@@ -22,8 +22,8 @@ from torch.nn.modules import _functions as torch_functions
 
 from interpgrad.autocast import at_least_single
 from interpgrad.cleanup import finally_call
-from interpgrad.double_backward.batch_norm import Scaling, channels, constant_backward
-from interpgrad.double_backward.engine import Function, apply_each, in_frozen_pass, needed
+from interpgrad.double_backward.batch_norm import channels, constant_backward, scaling
+from interpgrad.double_backward.engine import Function, in_frozen_pass, needed
 
 
 class _SumOverRanks(Function):
@@ -54,7 +54,7 @@ class Standardized(Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, mean, invstd = ctx.saved_tensors
         if in_frozen_pass():
-            return apply_each(Scaling, g, None, invstd), None, None
+            return scaling(g, None, invstd), None, None
         dims = [0, *range(2, x.dim())]
         return g * channels(invstd, x), -g.sum(dims) * invstd, (g * (x - channels(mean, x))).sum(dims)
 
